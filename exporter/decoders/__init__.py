@@ -1,0 +1,1 @@
+"""Language-model decoders, one file each, named as config.json names their model_type."""

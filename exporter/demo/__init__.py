@@ -1,0 +1,1 @@
+"""The tiny LLaVA that ships with the package: its pictures, questions, training script and checkpoint."""

@@ -1,0 +1,1 @@
+"""Vision towers, one file each, named as config.json names their model_type."""
