@@ -1,0 +1,234 @@
+"""The manifest of a bundle: what it holds, how its pictures and prompts are prepared, and the sha256 of every file.
+
+``docs/bundle-format.md`` gives the format in one screen. Standard library and NumPy only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from llava_deploy.engines.contract import DecoderShape, VisionShape
+from llava_deploy.engines.errors import BundleError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class ImageRecipe:
+    """Everything that turns a picture into ``pixel_values``; the meaning of each step is ``CLIPImageProcessor``'s.
+
+    Order: ``pad_to_square`` (LLaVA's ``image_aspect_ratio: pad``, filled with ``mean`` as 8-bit colour), resize,
+    centre crop, times ``rescale_factor``, minus ``mean``, over ``std``.
+
+    Attributes:
+        resize: ``("shortest_edge", n)``, ``("exact", height, width)``, or ``None`` for no resize.
+        resample: Pillow's number of the filter (3 is bicubic).
+        crop: ``(height, width)`` of the centre crop, or ``None``.
+        rescale_factor: factor on the 8-bit values; ``None`` leaves them.
+        mean: per channel, RGB; ``None`` leaves the values unnormalised.
+        std: per channel, RGB.
+    """
+
+    pad_to_square: bool
+    pad_color: tuple[int, int, int]
+    resize: tuple[str, int] | tuple[str, int, int] | None
+    resample: int
+    crop: tuple[int, int] | None
+    rescale_factor: float | None
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True)
+class ChatRecipe:
+    """How messages become a prompt and a prompt becomes token ids.
+
+    Attributes:
+        template: a Jinja chat template, or ``None`` to use the built-in format named ``conversation``.
+        conversation: ``vicuna_v1``, ``llama_2``, ``mistral`` or ``plain``.
+        placeholder: the text that stands for a picture in a prompt.
+        tokenization: ``split`` cuts the prompt at each placeholder and tokenises the pieces on their own, as LLaVA's
+            ``tokenizer_image_token`` does; ``added_token`` tokenises the whole prompt, where the placeholder is an
+            added token with id ``image_token_id``, as transformers' ``LlavaProcessor`` does.
+        image_token_id: id of the placeholder in the vocabulary; ``None`` where it has none.
+        bos_token: text of the token that the template may refer to; ``None`` where the tokenizer has none.
+        eos_token: likewise.
+        stop_token_ids: generation ends after any of these.
+        stop_strings: generation ends before any of these texts.
+    """
+
+    template: str | None
+    conversation: Literal["vicuna_v1", "llama_2", "mistral", "plain"]
+    placeholder: str
+    tokenization: Literal["split", "added_token"]
+    image_token_id: int | None
+    bos_token_id: int | None
+    bos_token: str | None
+    eos_token: str | None
+    stop_token_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SpliceRecipe:
+    """``tokenizer_model_max_length`` and ``tokenizer_padding_side`` of LLaVA's config."""
+
+    model_max_length: int | None
+    padding_side: Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What the bundle was made from, for people; nothing computes with it."""
+
+    name: str
+    layout: str
+    vision: str
+    projector: str
+    decoder: str
+    precision: Literal["fp32", "fp16"]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the bundle, by its relative POSIX path."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of ``manifest.json``."""
+
+    format_version: int
+    model: ModelCard
+    vision: VisionShape
+    decoder: DecoderShape
+    image: ImageRecipe
+    chat: ChatRecipe
+    splice: SpliceRecipe
+    tools: dict[str, str]
+    files: tuple[FileEntry, ...]
+
+    def to_json(self) -> str:
+        """Text of ``manifest.json``: keys in the order of the classes, so equal manifests are equal bytes."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    def entry(self, path: str) -> FileEntry:
+        """The entry of one file.
+
+        Raises:
+            BundleError: the manifest does not list it.
+        """
+        for entry in self.files:
+            if entry.path == path:
+                return entry
+        raise BundleError(f"{MANIFEST_NAME}: no file {path!r} is listed; export the bundle again")
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read and check ``manifest.json`` of the directory ``bundle``; does not touch the files it lists.
+
+    Raises:
+        BundleError: no bundle, not JSON, a field missing, left over or of another type, another format version, or a
+            path that is absolute, leaves the bundle, or stands twice.
+    """
+    where = bundle / MANIFEST_NAME
+    if not where.is_file():
+        raise BundleError(
+            f"{bundle}: want a bundle directory with {MANIFEST_NAME}, found none; "
+            "make one with: llava-deploy export CHECKPOINT -o BUNDLE"
+        )
+    try:
+        data = json.loads(where.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BundleError(f"{where}: not JSON ({error}); export the bundle again") from error
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{where}: want format_version {FORMAT_VERSION}, found {version!r}; "
+            "export the bundle again with this version of llava-deploy"
+        )
+    try:
+        manifest: Manifest = from_plain(Manifest, data, "manifest")
+    except TypeError as error:
+        raise BundleError(f"{where}: {error}; export the bundle again") from error
+    seen: set[str] = set()
+    for entry in manifest.files:
+        path = PurePosixPath(entry.path)
+        if path.is_absolute() or ".." in path.parts or "\\" in entry.path or "\0" in entry.path or not path.parts:
+            raise BundleError(f"{where}: file path {entry.path!r} leaves the bundle; do not use this bundle")
+        if str(path) in seen:
+            raise BundleError(f"{where}: file path {entry.path!r} stands twice; export the bundle again")
+        seen.add(str(path))
+    return manifest
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def describe_file(root: Path, path: str) -> FileEntry:
+    """The entry for ``root/path`` as it is on the disk now."""
+    full = root / path
+    return FileEntry(path=path, size=full.stat().st_size, sha256=sha256_of(full))
+
+
+def from_plain(want: Any, value: Any, where: str) -> Any:
+    """``value``, as :func:`json.loads` gives it, as an instance of the annotation ``want``.
+
+    Covers what the manifests use: frozen dataclasses, tuples, dicts, unions, literals and plain scalars.
+
+    Raises:
+        TypeError: it does not fit; the message names the place.
+    """
+    origin, args = typing.get_origin(want), typing.get_args(want)
+    if dataclasses.is_dataclass(want) and isinstance(want, type):
+        if not isinstance(value, dict):
+            raise TypeError(f"{where}: want an object, found {type(value).__name__}")
+        names = [f.name for f in dataclasses.fields(want)]
+        missing, unknown = [n for n in names if n not in value], sorted(set(value) - set(names))
+        if missing or unknown:
+            raise TypeError(f"{where}: missing {missing}, unknown {unknown}")
+        hints = typing.get_type_hints(want)
+        return want(**{n: from_plain(hints[n], value[n], f"{where}.{n}") for n in names})
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return from_plain(option, value, where)
+            except TypeError:
+                continue
+    elif origin is Literal:
+        if value in args:
+            return value
+    elif origin is tuple and isinstance(value, list):
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(from_plain(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if len(args) == len(value):
+            return tuple(from_plain(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+    elif origin is dict and isinstance(value, dict):
+        return {from_plain(args[0], k, where): from_plain(args[1], v, f"{where}[{k!r}]") for k, v in value.items()}
+    elif want is type(None) and value is None:
+        return None
+    elif want is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is want:
+        return value
+    raise TypeError(f"{where}: want {want}, found {value!r:.80}")
