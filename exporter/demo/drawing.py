@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-SIDE = 160  # pixels of a drawn picture's edge; the model's own preprocessing makes it smaller
+SIDE = 224  # pixels of a drawn picture's edge; the model's own preprocessing makes it smaller
 _OVERSAMPLE = 4  # each shape's mask is drawn this much larger and averaged down: that is the antialiasing
 
 Colour = tuple[int, int, int]
@@ -92,6 +92,6 @@ def paint(top: Colour, bottom: Colour, brushes: tuple[Brush, ...]) -> Image.Imag
         reach = math.ceil(brush.radius * SIDE * 1.2) + 2
         mask = _mask(brush, reach)
         corner = [math.floor(value * SIDE) - reach for value in brush.centre]
-        picture.paste((0, 0, 0), (corner[0] + 2, corner[1] + 3), mask.point([value // 4 for value in range(256)]))
+        picture.paste((0, 0, 0), (corner[0] + 2, corner[1] + 4), mask.point([value // 4 for value in range(256)]))
         picture.paste(brush.colour, (corner[0], corner[1]), mask)
     return picture
