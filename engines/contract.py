@@ -172,3 +172,8 @@ class DecoderShape:
             Dim("max_len", 1, longest, longest),
         )
         return GraphSpec("decoder", inputs, outputs, dims)
+
+
+def hidden_state_name(layers: int) -> str:
+    """Name, inside either graph, of the hidden state after ``layers`` layers; ``verify`` looks there."""
+    return f"hidden_states.{layers}"

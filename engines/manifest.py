@@ -19,6 +19,10 @@ from llava_deploy.engines.errors import BundleError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+VISION_GRAPH = "vision.onnx"
+DECODER_GRAPH = "decoder.onnx"
+EMBEDDING_TABLE = "embed_tokens.npy"
+TOKENIZER = "tokenizer.json"
 _CHUNK = 1 << 20
 
 

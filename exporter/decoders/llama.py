@@ -1,0 +1,120 @@
+"""The Llama decoder over a cache that is written in place (transformers, ``models/llama/modeling_llama.py``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnxscript import nn
+
+from llava_deploy.engines.contract import hidden_state_name
+from llava_deploy.exporter.blocks import Linear, OpBuilder, RMSNorm, activation, merge_heads, split_heads
+from llava_deploy.exporter.config import DecoderConfig
+from llava_deploy.exporter.rope import rope_tables
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every layer of one call shares."""
+
+    position_ids: ir.Value  # [batch, seq]
+    write_indices: ir.Value  # [batch]
+    attention_mask: ir.Value  # [batch, 1, seq, total]
+    total: ir.Value  # [1]
+    cos: ir.Value  # [positions, head_dim / 2]
+    sin: ir.Value  # [positions, head_dim / 2]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One layer's keys and values, each ``[batch, kv_heads, max_len, head_dim]``."""
+
+    key: ir.Value
+    value: ir.Value
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention; new keys and values are scattered into the cache, and the mask says what is seen."""
+
+    def __init__(self, config: DecoderConfig, dtype: ir.DataType) -> None:
+        super().__init__()
+        size, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, head_dim
+        self.q_proj = Linear(size, self.heads * head_dim, bias, dtype)
+        self.k_proj = Linear(size, self.kv_heads * head_dim, bias, dtype)
+        self.v_proj = Linear(size, self.kv_heads * head_dim, bias, dtype)
+        self.o_proj = Linear(self.heads * head_dim, size, bias, dtype)
+
+    def forward(self, op: OpBuilder, x: ir.Value, past: Cache, step: Step) -> tuple[ir.Value, Cache]:
+        q = split_heads(op, self.q_proj(op, x), self.heads, self.head_dim)  # [batch, heads, seq, head_dim]
+        k = split_heads(op, self.k_proj(op, x), self.kv_heads, self.head_dim)
+        v = split_heads(op, self.v_proj(op, x), self.kv_heads, self.head_dim)
+        q = op.RotaryEmbedding(q, step.cos, step.sin, step.position_ids)
+        k = op.RotaryEmbedding(k, step.cos, step.sin, step.position_ids)
+        present = Cache(
+            key=op.TensorScatter(past.key, k, step.write_indices, axis=-2, mode="linear"),
+            value=op.TensorScatter(past.value, v, step.write_indices, axis=-2, mode="linear"),
+        )
+        # Only the slots that the mask covers are read, so the cost follows the context and not the buffer.
+        keys = op.Slice(present.key, [0], step.total, [2])  # [batch, kv_heads, total, head_dim]
+        values = op.Slice(present.value, [0], step.total, [2])
+        y = op.Attention(q, keys, values, step.attention_mask)  # [batch, heads, seq, head_dim]
+        return self.o_proj(op, merge_heads(op, y, self.heads * self.head_dim)), present
+
+
+class MLP(nn.Module):
+    """Gated feed-forward layer."""
+
+    def __init__(self, config: DecoderConfig, dtype: ir.DataType) -> None:
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(size, inner, bias, dtype)
+        self.up_proj = Linear(size, inner, bias, dtype)
+        self.down_proj = Linear(inner, size, bias, dtype)
+        self.hidden_act, self.dtype = config.hidden_act, dtype
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        gate = activation(op, self.hidden_act, self.gate_proj(op, x), self.dtype)
+        return self.down_proj(op, op.Mul(gate, self.up_proj(op, x)))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: DecoderConfig, dtype: ir.DataType) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config, dtype)
+        self.mlp = MLP(config, dtype)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+
+    def forward(self, op: OpBuilder, x: ir.Value, past: Cache, step: Step) -> tuple[ir.Value, Cache]:
+        y, present = self.self_attn(op, self.input_layernorm(op, x), past, step)
+        x = op.Add(x, y)
+        return op.Add(x, self.mlp(op, self.post_attention_layernorm(op, x))), present
+
+
+class Decoder(nn.Module):
+    """Layers and final norm; the token embedding is looked up outside the graph."""
+
+    def __init__(self, config: DecoderConfig, dtype: ir.DataType) -> None:
+        super().__init__("language_model")
+        self.layers = nn.ModuleList([DecoderLayer(config, dtype) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        tables = rope_tables(config.rope, config.head_dim, config.max_position_embeddings)
+        self.rope_tables = [ir.tensor(table.astype(dtype.numpy())) for table in tables]
+
+    def forward(
+        self, op: OpBuilder, inputs_embeds: ir.Value, position_ids: ir.Value, write_indices: ir.Value,
+        attention_mask: ir.Value, last_index: ir.Value, past: list[Cache],
+    ) -> tuple[ir.Value, list[Cache]]:  # fmt: skip
+        cos, sin = (op.initializer(t, name=name) for t, name in zip(self.rope_tables, ("cos", "sin"), strict=True))
+        total = op.Shape(attention_mask, start=3, end=4)
+        step = Step(position_ids, write_indices, attention_mask, total, cos, sin)
+        x, present = inputs_embeds, []
+        for index, layer in enumerate(self.layers):
+            x, cache = layer(op, x, past[index], step)
+            x.name = hidden_state_name(index + 1)
+            present.append(cache)
+        last = op.GatherND(x, op.Unsqueeze(last_index, [1]), batch_dims=1)  # [batch, hidden]
+        return self.norm(op, last), present

@@ -1,0 +1,147 @@
+"""Checkpoint to bundle: both graphs, the embedding table, the tokenizer and the manifest, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from llava_deploy.engines.errors import InputError, LlavaDeployError
+from llava_deploy.engines.manifest import (
+    DECODER_GRAPH,
+    EMBEDDING_TABLE,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    TOKENIZER,
+    VISION_GRAPH,
+    Manifest,
+    ModelCard,
+    SpliceRecipe,
+    describe_file,
+)
+from llava_deploy.engines.staging import staged_directory
+from llava_deploy.exporter.checkpoint import Checkpoint
+from llava_deploy.exporter.config import LlavaConfig
+from llava_deploy.exporter.graphs import Graphs, Precision, build_graphs
+from llava_deploy.exporter.weights import EMBED_TOKENS, attach_weights, write_embedding_table
+
+TOOLS = ("llava-deploy", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
+
+
+@dataclass(frozen=True)
+class ExportProgress:
+    """How far an export is: ``done`` of ``total`` bytes of source weights."""
+
+    done: int
+    total: int
+
+
+def export(
+    checkpoint: Checkpoint,
+    output: Path,
+    precision: Precision,
+    *,
+    replace: bool = False,
+    on_progress: Callable[[ExportProgress], None] = lambda _: None,
+) -> Manifest:
+    """Write ``checkpoint`` as a bundle to the directory ``output``.
+
+    Equal checkpoints give equal bytes. The directory appears when everything in it is written and checked; an export
+    that fails or is killed leaves nothing by that name, and an old bundle as it was.
+
+    Raises:
+        InputError: ``output`` exists and ``replace`` is false.
+        CheckpointError: a weight is NaN, infinite, or outside the range of the precision.
+        LlavaDeployError: the disk is full.
+    """
+    if output.exists() and not replace:
+        raise InputError(f"{output}: exists already; choose another directory or replace it with --force")
+    graphs = build_graphs(checkpoint.config, precision)
+    _require_space(checkpoint, graphs, output)
+    total = sum(source.nbytes for source in checkpoint.tensors.values())
+    done = 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(ExportProgress(done, total))
+
+    try:
+        with staged_directory(output, replace=replace) as staging:
+            return _write(checkpoint, graphs, precision, staging, progress)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise LlavaDeployError(
+            f"{output}: the disk is full, nothing was written; {_bytes_wanted(checkpoint, graphs):,} bytes are wanted: "
+            "free some space or choose another disk"
+        ) from error
+
+
+def _write(
+    checkpoint: Checkpoint, graphs: Graphs, precision: Precision, directory: Path, progress: Callable[[int], None]
+) -> Manifest:
+    dtype = np.dtype(graphs.decoder_shape.dtype)
+    tensors = checkpoint.tensors
+    table = write_embedding_table(directory / EMBEDDING_TABLE, tensors[EMBED_TOKENS], dtype, progress)
+    paths = [EMBEDDING_TABLE, TOKENIZER]
+    (directory / TOKENIZER).write_bytes(checkpoint.tokenizer_json)
+    for model, name in ((graphs.vision, VISION_GRAPH), (graphs.decoder, DECODER_GRAPH)):
+        data = directory / f"{name}.data"
+        attach_weights(model, tensors, data, table, progress)
+        ir.save(model, directory / name)
+        onnx.checker.check_model(str(directory / name), full_check=True)
+        paths += [name, data.name]
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        model=_card(checkpoint, precision),
+        vision=graphs.vision_shape,
+        decoder=graphs.decoder_shape,
+        image=checkpoint.image,
+        chat=checkpoint.chat,
+        splice=SpliceRecipe(checkpoint.config.tokenizer_model_max_length, checkpoint.config.tokenizer_padding_side),
+        tools={name: importlib.metadata.version(name) for name in TOOLS},
+        files=tuple(describe_file(directory, path) for path in sorted(paths)),
+    )
+    (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _card(checkpoint: Checkpoint, precision: Precision) -> ModelCard:
+    config: LlavaConfig = checkpoint.config
+    v, d = config.vision, config.decoder
+    return ModelCard(
+        name=checkpoint.name,
+        layout=config.layout,
+        vision=f"{v.model_type}, {v.num_hidden_layers} layers of {v.hidden_size}, {v.image_size} px in patches of "
+        f"{v.patch_size}, features of layer {', '.join(map(str, config.feature_layers))} ({config.feature_select})",
+        projector=f"{config.projector.kind}, {' > '.join(map(str, config.projector.sizes))}",
+        decoder=f"{d.model_type}, {d.num_hidden_layers} layers of {d.hidden_size}, {d.num_attention_heads} heads over "
+        f"{d.num_key_value_heads} of keys and values, vocabulary {d.vocab_size}",
+        precision=precision,
+        parameters=sum(math.prod(source.shape) for source in checkpoint.tensors.values()),
+    )
+
+
+def _bytes_wanted(checkpoint: Checkpoint, graphs: Graphs) -> int:
+    itemsize = np.dtype(graphs.decoder_shape.dtype).itemsize
+    return sum(math.prod(source.shape) * itemsize for source in checkpoint.tensors.values())
+
+
+def _require_space(checkpoint: Checkpoint, graphs: Graphs, output: Path) -> None:
+    """Refuse before the first byte where the disk is plainly too small."""
+    home = next(parent for parent in output.absolute().parents if parent.exists())
+    free, wanted = shutil.disk_usage(home).free, _bytes_wanted(checkpoint, graphs)
+    if free < wanted:
+        raise LlavaDeployError(
+            f"{output}: the disk is full: the bundle wants {wanted:,} bytes, {home} has {free:,} free; "
+            "free some space or choose another disk"
+        )
