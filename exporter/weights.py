@@ -91,7 +91,7 @@ def attach_weights(model: ir.Model, tensors: Mapping[str, TensorSource], path: P
     with path.open("wb") as file:
         for name, value in model.graph.initializers.items():
             dtype = value.dtype
-            length = math.prod(value.shape.numpy()) * dtype.itemsize
+            length = math.prod(value.shape.numpy()) * dtype.numpy().itemsize
             location, offset = path.name, _padded(file.tell(), length)
             if name == EMBED_TOKENS:
                 location, offset = shared.path.name, shared.offset
