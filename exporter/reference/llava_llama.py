@@ -46,6 +46,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
     """The whole model: token ids with -200 for each picture, and pixels, to logits and loss."""
 
     config_class = LlavaLlamaConfig
+    model: LlavaLlamaModel
 
     def __init__(self, config: LlavaLlamaConfig) -> None:
         """Build the model with random weights; the tower stays without weights until ``load_model``."""
@@ -97,7 +98,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         return cast(CausalLMOutputWithPast, outputs)
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]  # the interface is the original's, not transformers'
         self,
         input_ids: torch.Tensor,
         images: torch.Tensor | Sequence[torch.Tensor] | None = None,
@@ -128,6 +129,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
                 options=SpliceOptions(self.splice_options().model_max_length, "left"),
             )
             inputs_embeds, attention_mask = spliced.inputs_embeds, cast(torch.Tensor, spliced.attention_mask)
-        return cast(
-            torch.Tensor, super().generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options)
+        tokens = super().generate(  # type: ignore[misc]  # transformers' protocol for `self` is wider than it needs
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options
         )
+        return cast(torch.Tensor, tokens)

@@ -142,7 +142,7 @@ class LlavaMetaForCausalLM(ABC):
         """
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             if self.get_vision_tower() is not None and images is not None and past_key_values is not None:
-                attention_mask, position_ids = _extend(attention_mask, len(input_ids), past_key_values)
+                attention_mask, position_ids = _extend(attention_mask, input_ids, past_key_values)
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         if getattr(self.config, "tune_mm_mlp_adapter", False) and getattr(self.config, "mm_use_im_start_end", False):
             raise NotImplementedError(
@@ -203,7 +203,7 @@ class LlavaMetaForCausalLM(ABC):
 
 
 def _extend(
-    attention_mask: torch.Tensor | None, batch: int, past_key_values: Any
+    attention_mask: torch.Tensor | None, input_ids: torch.Tensor, past_key_values: Any
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Extend the mask with ones over the past and the new token; the new token's position is its sum - 1."""
     if isinstance(past_key_values, Cache):
@@ -211,7 +211,7 @@ def _extend(
     else:
         total = int(past_key_values[-1][-1].shape[-2]) + 1
     if attention_mask is None:
-        return None, torch.full((batch, 1), total - 1)
+        return None, torch.full_like(input_ids, total - 1, dtype=torch.long)
     if attention_mask.shape[1] > total:
         raise PromptError(
             f"attention_mask: want at most {total} columns (the past and one token), got {attention_mask.shape[1]}; "
@@ -219,7 +219,7 @@ def _extend(
         )
     ones = attention_mask.new_ones(len(attention_mask), total - attention_mask.shape[1])
     attention_mask = torch.cat([attention_mask, ones], dim=1)  # [batch, past + 1]
-    return attention_mask, attention_mask.sum(dim=1, keepdim=True).long() - 1
+    return attention_mask, attention_mask.long().sum(dim=1, keepdim=True) - 1
 
 
 def _load_projector(projector: nn.Module, path: str) -> None:

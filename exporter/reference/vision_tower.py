@@ -103,7 +103,7 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        return int(self.config.image_size // self.config.patch_size) ** 2
+        return (cast(int, self.config.image_size) // cast(int, self.config.patch_size)) ** 2
 
     @property
     def dummy_feature(self) -> torch.Tensor:
@@ -139,11 +139,14 @@ def _read_config(directory: Path) -> CLIPVisionConfig:
 
 def _read_model(directory: str) -> CLIPVisionModel:
     # transformers fills what a file lacks with random weights and only logs it.
-    model, report = CLIPVisionModel.from_pretrained(directory, local_files_only=True, output_loading_info=True)
+    model, report = cast(
+        tuple[CLIPVisionModel, dict[str, Any]],
+        CLIPVisionModel.from_pretrained(directory, local_files_only=True, output_loading_info=True),
+    )
     missing = sorted(name for name in report["missing_keys"] if not name.endswith("position_ids"))
     if missing:
         raise CheckpointError(
             f"vision tower {directory!r}: {len(missing)} tensors are missing, the first is {missing[0]!r}; "
             "fetch the files again"
         )
-    return cast(CLIPVisionModel, model)
+    return model

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
 from transformers import LlavaConfig as HfLlavaConfig
 
@@ -47,6 +48,7 @@ _TO_HF = (
 )
 _BUFFERS = ("position_ids", "inv_freq")
 _SELECT = {"default": "patch", "full": "cls_patch"}
+_STRATEGY: dict[str, Literal["default", "full"]] = {"patch": "default", "cls_patch": "full"}
 
 
 def from_checkpoint(
@@ -83,7 +85,8 @@ def from_checkpoint(
     _fill(model, tensors, directory)
     if tower is not None:
         tower.load_model()
-    return model.to(dtype).eval()
+    nn.Module.to(model, dtype)
+    return cast(LlavaLlamaForCausalLM, model.eval())
 
 
 def save_hf(model: LlavaLlamaForCausalLM, directory: str | Path) -> None:
@@ -102,7 +105,6 @@ def save_hf(model: LlavaLlamaForCausalLM, directory: str | Path) -> None:
         )
     text = {name: value for name, value in config.to_dict().items() if name in LlamaConfig().to_dict()}
     text |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    selects = {ours: theirs for theirs, ours in _SELECT.items()}
     hf = HfLlavaConfig(
         vision_config=tower.config.to_dict(),
         text_config=text,
@@ -110,7 +112,7 @@ def save_hf(model: LlavaLlamaForCausalLM, directory: str | Path) -> None:
         image_seq_length=tower.num_patches + (tower.select_feature == "cls_patch"),
         projector_hidden_act="gelu",
         vision_feature_layer=tower.select_layer,
-        vision_feature_select_strategy=selects[tower.select_feature],
+        vision_feature_select_strategy=_STRATEGY[tower.select_feature],
         tie_word_embeddings=config.tie_word_embeddings,
         architectures=["LlavaForConditionalGeneration"],
     )
