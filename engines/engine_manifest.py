@@ -1,0 +1,81 @@
+"""The manifest of a built engine: which bundle, backend, version and device it is for, and the sha256 of its files.
+
+Standard library only; the runtime reads it before it lets a backend near the files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llava_deploy.engines.errors import BundleError
+from llava_deploy.engines.manifest import FileEntry, Manifest, from_plain
+
+ENGINES = "engines"
+ENGINE_MANIFEST = "engine.json"
+ENGINE_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EngineKey:
+    """What an engine was built for; it runs nowhere else.
+
+    Attributes:
+        backend: the toolchain.
+        version: its version, in full.
+        device: what its files are tuned for: ``cpu`` here.
+        source: :func:`source_digest` of the bundle's graphs.
+    """
+
+    backend: Literal["onnxruntime"]
+    version: str
+    device: Literal["cpu"]
+    source: str
+
+    @property
+    def directory(self) -> str:
+        """Its place inside the bundle, as a relative POSIX path."""
+        return f"{ENGINES}/{self.backend}-{self.version}-{self.device}"
+
+
+@dataclass(frozen=True)
+class EngineManifest:
+    """The whole of ``engine.json``."""
+
+    format_version: int
+    key: EngineKey
+    files: tuple[FileEntry, ...]
+
+    def to_json(self) -> str:
+        """Text of ``engine.json``."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+
+def source_digest(manifest: Manifest) -> str:
+    """Hex sha256 over the manifest's entries for everything that an engine is built from."""
+    entries = sorted((f.path, f.size, f.sha256) for f in manifest.files if ".onnx" in f.path or f.path.endswith(".npy"))
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def read_engine_manifest(directory: Path) -> EngineManifest:
+    """Read ``engine.json`` of an engine directory.
+
+    Raises:
+        BundleError: it is missing, not JSON, or does not have the fields of :class:`EngineManifest`.
+    """
+    where = directory / ENGINE_MANIFEST
+    try:
+        data = json.loads(where.read_text(encoding="utf-8"))
+        manifest: EngineManifest = from_plain(EngineManifest, data, "engine")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise BundleError(f"{where}: cannot be read ({error}); build it again with: llava-deploy build") from error
+    if manifest.format_version != ENGINE_FORMAT_VERSION:
+        raise BundleError(
+            f"{where}: want format_version {ENGINE_FORMAT_VERSION}, found {manifest.format_version}; "
+            "build it again with: llava-deploy build"
+        )
+    return manifest

@@ -1,0 +1,88 @@
+"""Bundle to ONNX Runtime engine: the canonical graphs after ONNX Runtime's own optimiser, saved once.
+
+What it does at every load otherwise: constants folded (the transposed weights), activations fused, casts put in where
+the CPU has no kernel for a type. The result belongs to one version of ONNX Runtime. Level 'extended', not 'all': the
+latter's layouts are for the processor that it ran on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from llava_deploy.engines.engine_manifest import (
+    ENGINE_FORMAT_VERSION,
+    ENGINE_MANIFEST,
+    EngineKey,
+    EngineManifest,
+    read_engine_manifest,
+    source_digest,
+)
+from llava_deploy.engines.errors import BackendError, BundleError
+from llava_deploy.engines.integrity import Integrity, check_files
+from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, describe_file, read_manifest
+from llava_deploy.engines.staging import staged_directory
+
+_EXTERNAL_FROM = 1024  # bytes: smaller constants stay inside the graph
+
+
+def build_onnxruntime(bundle: Path, *, replace: bool = False, on_graph: Callable[[str], None] = lambda _: None) -> Path:
+    """Build the engine for the ONNX Runtime that is installed and return its directory.
+
+    An engine that is there already, for the same graphs and version, and whole, is kept.
+
+    Args:
+        bundle: a bundle's directory.
+        replace: build it even so.
+        on_graph: called with the name of each graph before it is built.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        BackendError: ONNX Runtime is missing or refuses a graph.
+    """
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest.files, Integrity.FULL, remedy="export the bundle again")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            f"ONNX Runtime cannot be imported ({error}); install it with: pip install 'llava-deploy[cpu]'"
+        ) from error
+    key = EngineKey("onnxruntime", onnxruntime.__version__, "cpu", source_digest(manifest))
+    output = bundle / key.directory
+    if not replace and _is_current(output, key):
+        return output
+    with staged_directory(output, replace=True) as staging:
+        paths = []
+        for name in (VISION_GRAPH, DECODER_GRAPH):
+            on_graph(name)
+            settings = onnxruntime.SessionOptions()
+            settings.log_severity_level = 3
+            settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            settings.optimized_model_filepath = str(staging / name)
+            external = f"{name}.data"
+            prefix = "session.optimized_model_external_initializers"
+            settings.add_session_config_entry(f"{prefix}_file_name", external)
+            settings.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_EXTERNAL_FROM))
+            try:
+                onnxruntime.InferenceSession(str(bundle / name), settings, providers=["CPUExecutionProvider"])
+            except Exception as error:
+                raise BackendError(
+                    f"{bundle / name}: ONNX Runtime {onnxruntime.__version__} cannot build it: {error}"
+                ) from error
+            paths += [path for path in (name, external) if (staging / path).exists()]
+        files = tuple(describe_file(staging, path) for path in paths)
+        text = EngineManifest(ENGINE_FORMAT_VERSION, key, files).to_json()
+        (staging / ENGINE_MANIFEST).write_text(text, encoding="utf-8")
+    return output
+
+
+def _is_current(directory: Path, key: EngineKey) -> bool:
+    if not directory.is_dir():
+        return False
+    try:
+        engine = read_engine_manifest(directory)
+        check_files(directory, engine.files, Integrity.FULL, remedy="")
+    except BundleError:
+        return False  # damaged: build it anew
+    return engine.key == key

@@ -1,0 +1,145 @@
+"""Prefill, then one token a step for every row, until each has finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llava_deploy.engines.errors import InputError
+from llava_deploy.runtime.answers import FinishReason
+from llava_deploy.runtime.backend import DecoderSession
+from llava_deploy.runtime.sampling import Sampler
+from llava_deploy.runtime.textstream import TextStream
+
+PREFILL_CHUNK = 1024
+"""Prompt tokens in one run of the decoder: bounds its activations, whatever the prompt's length."""
+
+
+@dataclass(frozen=True)
+class GenerationLimits:
+    """When an answer ends: after ``max_new_tokens``, or after any of ``stop_token_ids``."""
+
+    max_new_tokens: int
+    stop_token_ids: frozenset[int]
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens: want 1 or more, got {self.max_new_tokens}")
+
+
+class Row:
+    """One answer in the making."""
+
+    def __init__(self, text: TextStream, history: Sequence[int], length: int) -> None:
+        self.text = text
+        self.history = list(history)
+        """Ids that the repetition penalty looks at: the prompt's text, then the chosen tokens."""
+        self.length = length
+        """Slots of the cache that are this row's: the index that its next key goes to."""
+        self.new_tokens: list[int] = []
+        self.new_text: list[str] = []
+        self.finish_reason: FinishReason | None = None
+
+    def accept(self, token: int, limits: GenerationLimits, max_len: int) -> None:
+        """Take the chosen token; set ``finish_reason`` where it is the last."""
+        self.new_tokens.append(token)
+        self.history.append(token)
+        if token in limits.stop_token_ids:
+            self._finish("stop")
+            return
+        self.new_text.append(self.text.push(token))
+        if self.text.finished:
+            self.finish_reason = "stop"
+        elif len(self.new_tokens) == limits.max_new_tokens:
+            self._finish("length")
+        elif self.length == max_len:
+            self._finish("context")
+
+    def _finish(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
+        self.new_text.append(self.text.flush())
+
+
+class Generation:
+    """The run of one batch.
+
+    ``prefill_seconds`` and ``decode_seconds`` are set as it goes; time between steps, when the caller has the tokens,
+    is not in them.
+    """
+
+    def __init__(self, decoder: DecoderSession, sampler: Sampler, limits: GenerationLimits, rows: list[Row]) -> None:
+        self.rows = rows
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+        self._decoder = decoder
+        self._sampler = sampler
+        self._limits = limits
+
+    def steps(
+        self,
+        inputs_embeds: np.ndarray,
+        reused: int,
+        embed: Callable[[np.ndarray], np.ndarray],
+        on_written: Callable[[int], None],
+    ) -> Iterator[None]:
+        """Yield after every token that was chosen for the rows still running.
+
+        Args:
+            inputs_embeds: ``[batch, seq, hidden]``, the prompts without their first ``reused`` tokens, padded right.
+            reused: tokens at the start of every row that the cache holds already.
+            embed: int64 ids ``[batch]`` to embeddings ``[batch, hidden]``.
+            on_written: called with the first row's token after each decode step that wrote it into the cache.
+        """
+        began = time.perf_counter()
+        lengths = np.array([row.length for row in self.rows])
+        chosen = self._choose(prefill(self._decoder, inputs_embeds, reused, lengths - reused))
+        self.prefill_seconds = time.perf_counter() - began
+        yield
+        last_index = np.zeros(len(self.rows), np.int64)
+        while any(row.finish_reason is None for row in self.rows):
+            began = time.perf_counter()
+            # A row that has finished writes again to its last slot, which nothing will read.
+            write = np.array([min(row.length, self._decoder.max_len - 1) for row in self.rows])
+            logits = self._decoder.step(embed(chosen)[:, None], write, last_index)
+            on_written(int(chosen[0]))
+            for row in self.rows:
+                if row.finish_reason is None:
+                    row.length += 1
+            chosen = self._choose(logits)
+            self.decode_seconds += time.perf_counter() - began
+            yield
+
+    def _choose(self, logits: np.ndarray) -> np.ndarray:
+        chosen = self._sampler.choose(logits, [row.history for row in self.rows])
+        for row, token in zip(self.rows, chosen.tolist(), strict=True):
+            if row.finish_reason is None:
+                row.accept(token, self._limits, self._decoder.max_len)
+        return chosen
+
+
+def prefill(decoder: DecoderSession, inputs_embeds: np.ndarray, start: int, lengths: np.ndarray) -> np.ndarray:
+    """Write prompts into the cache, some tokens at a time, and give the logits after each row's last one.
+
+    Args:
+        decoder: has a cache for the batch, and ``start`` tokens of every row in it.
+        inputs_embeds: ``[batch, seq, hidden]``, rows padded right.
+        start: slot of the first token.
+        lengths: int64 ``[batch]``, each row's own tokens in ``inputs_embeds``, 1 at least.
+
+    Returns:
+        float32 ``[batch, vocab]``.
+    """
+    batch, seq, _ = inputs_embeds.shape
+    logits = np.empty((0, 0), np.float32)
+    for at in range(0, seq, PREFILL_CHUNK):
+        piece = inputs_embeds[:, at : at + PREFILL_CHUNK]
+        last = lengths - 1 - at
+        ends = (last >= 0) & (last < piece.shape[1])
+        found = decoder.step(piece, np.full(batch, start + at), np.where(ends, last, 0))
+        if not logits.size:
+            logits = np.empty(found.shape, found.dtype)
+        logits[ends] = found[ends]
+    return logits

@@ -1,0 +1,236 @@
+"""The model, ready to answer."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from llava_deploy.engines.errors import BackendError, InputError
+from llava_deploy.engines.integrity import Integrity
+from llava_deploy.runtime.answers import Answer, Piece, Timings
+from llava_deploy.runtime.backend import DecoderSession
+from llava_deploy.runtime.bundle import Bundle, open_bundle
+from llava_deploy.runtime.context import CachedContext
+from llava_deploy.runtime.encoding import EncodedBatch, PromptEncoder
+from llava_deploy.runtime.engine_choice import choose_onnxruntime
+from llava_deploy.runtime.generation import Generation, GenerationLimits, Row
+from llava_deploy.runtime.onnxruntime_backend import (
+    OnnxRuntimeDecoder,
+    OnnxRuntimeOptions,
+    OnnxRuntimeVision,
+    onnxruntime_version,
+)
+from llava_deploy.runtime.pictures import PictureSource
+from llava_deploy.runtime.prompt import images_of, render_chat
+from llava_deploy.runtime.sampling import GREEDY, Sampler, SamplingOptions
+from llava_deploy.runtime.textstream import TextStream
+
+DEFAULT_MAX_LEN = 4096
+"""Slots of the KV cache, where the model allows as many and the caller does not say."""
+
+DEFAULT_NEW_TOKENS = 256
+
+
+class Llava:
+    """A bundle, loaded. Not for use by several threads at once; a new call ends a stream that is still running."""
+
+    def __init__(self, bundle: Bundle, encoder: PromptEncoder, decoder: DecoderSession, backend: str) -> None:
+        self.manifest = bundle.manifest
+        self.directory = bundle.directory
+        self.backend = backend
+        """A sentence for people: which backend runs, and why a better one does not."""
+        self._encoder = encoder
+        self._decoder = decoder
+        self._context = CachedContext()
+        self._call = 0
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        backend: Literal["onnxruntime"] = "onnxruntime",
+        max_len: int | None = None,
+        threads: int | None = None,
+        integrity: Integrity = Integrity.QUICK,
+    ) -> Llava:
+        """Load a bundle.
+
+        Args:
+            path: the bundle's directory.
+            backend: ``onnxruntime``: on the CPU, through the engine that ``build`` made or the canonical graphs.
+            max_len: slots of the KV cache, the longest context; :data:`DEFAULT_MAX_LEN` or the model's limit.
+            threads: of one operator; ``None``: one a physical core.
+            integrity: how closely the files are held against the manifest.
+
+        Raises:
+            BundleError: the bundle is damaged or of another format.
+            BackendError: the backend is not installed or cannot load the graphs.
+            InputError: ``max_len`` is outside what the model allows, or the backend is not known.
+        """
+        if backend != "onnxruntime":
+            raise InputError(f"backend: want 'onnxruntime', got {backend!r}")
+        bundle = open_bundle(Path(path), integrity)
+        shape = bundle.manifest.decoder
+        slots = min(DEFAULT_MAX_LEN, shape.max_positions) if max_len is None else max_len
+        if not 1 <= slots <= shape.max_positions:
+            raise InputError(f"max_len: want 1 to {shape.max_positions}, the model's positions, got {slots}")
+        options = OnnxRuntimeOptions(threads)
+        choice = choose_onnxruntime(bundle, onnxruntime_version(), integrity)
+        vision = OnnxRuntimeVision(choice.vision, bundle.manifest.vision, options)
+        decoder = OnnxRuntimeDecoder(choice.decoder, shape, slots, options)
+        return cls(bundle, PromptEncoder(bundle, vision), decoder, choice.reason)
+
+    @property
+    def max_len(self) -> int:
+        """Slots of the KV cache: prompt, image features and answer together."""
+        return self._decoder.max_len
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[PictureSource]] | None = None,
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        sampling: SamplingOptions = GREEDY,
+        stop: Sequence[str] = (),
+    ) -> list[Answer]:
+        """Answer a batch of prompts, taken as they are: no template is applied.
+
+        Args:
+            prompts: texts with one ``<image>`` for each picture, anywhere.
+            images: the pictures of each prompt; ``None`` where no prompt has any.
+            max_new_tokens: an answer's longest.
+            sampling: how tokens are chosen; greedy by default.
+            stop: texts that end an answer and are not part of it, beside the model's own.
+
+        Raises:
+            PromptError: no prompt, more or fewer pictures than placeholders, or a prompt longer than the context.
+            PictureError: a picture that cannot be used.
+        """
+        began = time.perf_counter()
+        limits = GenerationLimits(max_new_tokens, frozenset(self.manifest.chat.stop_token_ids))
+        batch = self._encoder.encode(prompts, images, self._decoder.max_len)
+        generation, reused = self._start(batch, limits, sampling, stop)
+        first = None
+        for _ in self._steps(generation, batch, reused):
+            first = time.perf_counter() - began if first is None else first
+        return [
+            Answer(
+                token_ids=tuple(row.new_tokens),
+                text="".join(row.new_text),
+                finish_reason=row.finish_reason or "length",
+                timings=_timings(generation, batch, index, reused, first or 0.0, len(row.new_tokens)),
+            )
+            for index, row in enumerate(generation.rows)
+        ]
+
+    def stream(
+        self,
+        prompt: str,
+        images: Sequence[PictureSource] = (),
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        sampling: SamplingOptions = GREEDY,
+        stop: Sequence[str] = (),
+    ) -> Iterator[Piece]:
+        """Answer one prompt, taken as it is, as it comes; arguments and errors as in :meth:`generate`.
+
+        The start that the prompt shares with the previous call's context is not computed again. Errors in the arguments
+        are raised here, not at the first piece.
+        """
+        began = time.perf_counter()
+        limits = GenerationLimits(max_new_tokens, frozenset(self.manifest.chat.stop_token_ids))
+        batch = self._encoder.encode([prompt], [images], self._decoder.max_len)
+        generation, reused = self._start(batch, limits, sampling, stop)
+        return self._pieces(generation, batch, reused, began)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        sampling: SamplingOptions = GREEDY,
+        stop: Sequence[str] = (),
+    ) -> Iterator[Piece]:
+        """Answer the last message of a conversation, as it comes.
+
+        Args:
+            messages: ``{"role": "system" | "user" | "assistant", "content": ...}`` with a text, or with parts
+                ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": picture}``. Pass the whole
+                conversation at every turn: what the cache still holds of it is not computed again.
+            max_new_tokens: see :meth:`generate`, also for ``sampling`` and ``stop``.
+            sampling: see there.
+            stop: see there.
+        """
+        prompt = render_chat(messages, self.manifest.chat)
+        return self.stream(prompt, images_of(messages), max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+
+    def _start(
+        self, batch: EncodedBatch, limits: GenerationLimits, sampling: SamplingOptions, stop: Sequence[str]
+    ) -> tuple[Generation, int]:
+        """Set up the run of a batch; how many tokens at its start the cache holds already."""
+        stops = (*self.manifest.chat.stop_strings, *stop)
+        rows = [
+            Row(TextStream(self._encoder.tokenizer, stops), history, length)
+            for history, length in zip(batch.text_ids, batch.lengths.tolist(), strict=True)
+        ]
+        sampler = Sampler(sampling, len(rows))
+        self._call += 1
+        self._decoder.begin(len(rows))
+        if len(rows) > 1:
+            self._context.clear()
+            return Generation(self._decoder, sampler, limits, rows), 0
+        return Generation(self._decoder, sampler, limits, rows), self._context.reuse(batch.slots)
+
+    def _steps(self, generation: Generation, batch: EncodedBatch, reused: int) -> Iterator[None]:
+        """Run the generation and keep the record of what a one-row cache holds."""
+        single = len(generation.rows) == 1
+
+        def written(token: int) -> None:
+            if single:
+                self._context.extend((token,))
+
+        call = self._call
+        for count, _ in enumerate(generation.steps(batch.inputs_embeds, reused, self._encoder.embed, written)):
+            if single and not count:
+                self._context.extend(batch.slots[reused:])
+            yield
+            if call != self._call:
+                raise BackendError(
+                    "another answer was started while this one was streaming, and they share one KV cache; "
+                    "finish one before the next, or load the bundle once for each"
+                )
+
+    def _pieces(self, generation: Generation, batch: EncodedBatch, reused: int, began: float) -> Iterator[Piece]:
+        row = generation.rows[0]
+        first, tokens, texts = 0.0, 0, 0
+        for _ in self._steps(generation, batch, reused):
+            first = first or time.perf_counter() - began
+            text = "".join(row.new_text[texts:])
+            if not text and row.finish_reason is None:
+                continue  # half a character, or the beginning of a stop string
+            texts = len(row.new_text)
+            ids, tokens = tuple(row.new_tokens[tokens:]), len(row.new_tokens)
+            done = row.finish_reason is not None
+            timings = _timings(generation, batch, 0, reused, first, tokens) if done else None
+            yield Piece(ids, text, row.finish_reason, timings)
+
+
+def _timings(
+    generation: Generation, batch: EncodedBatch, row: int, reused: int, ttft: float, new_tokens: int
+) -> Timings:
+    return Timings(
+        preprocess=batch.preprocess_seconds,
+        vision=batch.vision_seconds,
+        splice=batch.splice_seconds,
+        prefill=generation.prefill_seconds,
+        decode=generation.decode_seconds,
+        ttft=ttft,
+        prompt_tokens=int(batch.lengths[row]),
+        reused_tokens=reused,
+        new_tokens=new_tokens,
+    )

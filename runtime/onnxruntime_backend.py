@@ -1,0 +1,129 @@
+"""ONNX Runtime sessions over the two graphs; the cache's buffers are bound as past and present at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llava_deploy.engines.contract import DecoderShape, VisionShape, past_name, present_name
+from llava_deploy.engines.errors import BackendError
+from llava_deploy.runtime.backend import step_mask, step_positions
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeOptions:
+    """``threads``: of one operator; ``None`` takes one a physical core, as ONNX Runtime does."""
+
+    threads: int | None = None
+
+
+def onnxruntime_version() -> str:
+    """Version of the ONNX Runtime that is installed."""
+    return str(_import().__version__)
+
+
+class OnnxRuntimeVision:
+    """The vision graph on the CPU."""
+
+    def __init__(self, model: Path, shape: VisionShape, options: OnnxRuntimeOptions) -> None:
+        self._session = _open(model, options)
+        self._shape = shape
+        self._spec = shape.spec()
+
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        """``[images, 3, height, width]`` to ``[images, patches, hidden]``; see :class:`VisionSession`."""
+        feed = {"pixel_values": pixel_values.astype(self._shape.dtype, copy=False)}
+        self._spec.check(feed)
+        features: np.ndarray = self._session.run(["image_features"], feed)[0]
+        return features
+
+
+class OnnxRuntimeDecoder:
+    """The decoder graph on the CPU.
+
+    The buffers of the cache are allocated once for a batch size; each is one ``OrtValue`` bound as ``past`` and as
+    ``present``, so TensorScatter writes in place and nothing of the cache is copied between tokens.
+    """
+
+    def __init__(self, model: Path, shape: DecoderShape, max_len: int, options: OnnxRuntimeOptions) -> None:
+        self._ort = _import()
+        self._session = _open(model, options)
+        self._shape = shape
+        self.max_len = max_len
+        self._batch = 0
+
+    def begin(self, batch: int) -> None:
+        """Have a cache for ``batch`` rows; see :class:`DecoderSession`."""
+        if batch == self._batch:
+            return
+        shape = self._shape
+        self._batch = 0
+        self._caches: dict[tuple[int, str], onnxruntime.OrtValue] = {}  # the old buffers go before new ones come
+        size = (batch, shape.kv_heads, self.max_len, shape.head_dim)
+        try:
+            self._binding = self._session.io_binding()
+            for layer in range(shape.layers):
+                for part in ("key", "value"):
+                    # Zeros, not empty: a slot that the mask hides still meets a weight of 0, and 0 x NaN is NaN.
+                    buffer = self._value(np.zeros(size, shape.dtype))
+                    self._caches[layer, part] = buffer
+                    self._binding.bind_ortvalue_input(past_name(layer, part), buffer)
+                    self._binding.bind_ortvalue_output(present_name(layer, part), buffer)
+            self._logits = np.zeros((batch, shape.vocab_size), np.float32)
+            self._binding.bind_ortvalue_output("logits", self._value(self._logits))
+        except MemoryError as error:
+            wanted = 2 * shape.layers * np.prod(size, dtype=np.int64) * np.dtype(shape.dtype).itemsize
+            raise BackendError(
+                f"the KV cache of {batch} x {self.max_len} tokens wants {wanted:,} bytes, which the machine does not "
+                "have; load the bundle with a smaller max_len or give fewer prompts at once"
+            ) from error
+        self._batch = batch
+
+    def step(self, inputs_embeds: np.ndarray, write_indices: np.ndarray, last_index: np.ndarray) -> np.ndarray:
+        """Run the decoder over new tokens; see :class:`DecoderSession`."""
+        seq = inputs_embeds.shape[1]
+        bind = self._binding.bind_ortvalue_input
+        bind("inputs_embeds", self._value(inputs_embeds))
+        bind("position_ids", self._value(step_positions(write_indices, seq)))
+        bind("write_indices", self._value(write_indices))
+        bind("attention_mask", self._value(step_mask(write_indices, seq)))
+        bind("last_index", self._value(last_index))
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed in the decoder: {error}") from error
+        return self._logits
+
+    def _value(self, array: np.ndarray) -> onnxruntime.OrtValue:
+        """An ``OrtValue`` over the array's own memory."""
+        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def _open(model: Path, options: OnnxRuntimeOptions) -> onnxruntime.InferenceSession:
+    ort = _import()
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3  # errors: its warnings are of the graph's making, not the user's
+    if options.threads is not None:
+        settings.intra_op_num_threads = options.threads
+    try:
+        return ort.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise BackendError(
+            f"{model}: ONNX Runtime {ort.__version__} cannot load it: {error}; want version 1.24 or later"
+        ) from error
+
+
+def _import() -> onnxruntime:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            f"ONNX Runtime cannot be imported ({error}); install it with: pip install 'llava-deploy[cpu]'"
+        ) from error
+    return onnxruntime
