@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -107,6 +108,14 @@ def run_numpy(case: Case) -> tuple[Any, ...]:
     )
 
 
+def outcome(run: Callable[[Case], tuple[Any, ...]], case: Case) -> tuple[Any, ...] | str:
+    """The result, or the message of the error that too few images give."""
+    try:
+        return run(case)
+    except PromptError as error:
+        return str(error)
+
+
 @st.composite
 def masks(draw: st.DrawFn, batch: int, seq: int) -> np.ndarray:
     mask = np.ones((batch, seq), bool)
@@ -170,15 +179,11 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(max_examples=400, deadline=None)
 @given(cases())
 def test_equals_the_pytorch_splice(case: Case) -> None:
-    try:
-        want = run_torch(case)
-    except PromptError as error:
+    got, want = outcome(run_numpy, case), outcome(run_torch, case)
+    if isinstance(want, str) or isinstance(got, str):
         event("too few images")
-        with pytest.raises(PromptError) as caught:
-            run_numpy(case)
-        assert str(caught.value) == str(error)
+        assert got == want
         return
-    got = run_numpy(case)
     event("spliced" if got[0] is None else "passed through")
     for name, ours, theirs in zip(("ids", "positions", "mask", "embeds", "labels"), got, want, strict=True):
         assert (ours is None) == (theirs is None), name
@@ -269,7 +274,7 @@ def test_one_lookup_of_text_ids_only() -> None:
     def embed(ids: np.ndarray) -> np.ndarray:
         assert ids.dtype == np.int64
         calls.append(ids.tolist())
-        return TABLE[ids]
+        return np.take(TABLE, ids, axis=0)
 
     ids = np.array([[1, IMG, 2], [IMG, 3, 4]], np.int32)
     splice(ids, None, None, None, [feature(70), feature(80)], embed=embed, options=SpliceOptions())
@@ -328,7 +333,7 @@ def test_options_are_checked(arguments: dict[str, Any]) -> None:
 def test_views_are_encoded_in_one_call_and_flattened_per_image() -> None:
     calls: list[tuple[int, ...]] = []
 
-    def counted(pixels: np.ndarray) -> np.ndarray:
+    def counted(pixels: np.ndarray) -> Any:
         calls.append(pixels.shape)
         return encode(pixels)
 
@@ -345,7 +350,7 @@ def test_views_of_another_size_are_refused() -> None:
 
 
 def test_single_pictures_in_a_list_are_refused() -> None:
-    with pytest.raises(PromptError, match="image 0: want .views, 3, height, width."):
+    with pytest.raises(PromptError, match=r"image 0: want \[views, 3, height, width\]"):
         features_per_image([np.zeros((3, 2, 2))], encode)
 
 
@@ -392,7 +397,7 @@ def test_one_token_with_a_past_and_no_mask_counts_all() -> None:
 
 
 def test_mask_longer_than_the_past_is_refused() -> None:
-    with pytest.raises(PromptError, match="at most 3 columns .* got 5"):
+    with pytest.raises(PromptError, match=r"at most 3 columns .* got 5"):
         prepare([[5]], attention_mask=np.ones((1, 5)), past_length=2)
 
 
