@@ -23,6 +23,7 @@ OPSET_VERSION = 24
 """ONNX opset of the canonical graphs: the first with TensorScatter; Attention and RotaryEmbedding are from 23."""
 
 IR_VERSION = 11
+HIDDEN_STATES = "hidden_states."
 
 
 @dataclass(frozen=True)
@@ -176,4 +177,4 @@ class DecoderShape:
 
 def hidden_state_name(layers: int) -> str:
     """Name, inside either graph, of the hidden state after ``layers`` layers; ``verify`` looks there."""
-    return f"hidden_states.{layers}"
+    return f"{HIDDEN_STATES}{layers}"

@@ -30,6 +30,8 @@ Precision = Literal["fp32", "fp16"]
 DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16"}
 TOWERS = {"clip_vision_model": clip_vision_model.VisionTower}
 DECODERS = {"llama": llama.Decoder}
+TOWER_FEATURES = "tower_features"
+"""Name, inside the vision graph, of what goes into the projector."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def _vision_graph(config: LlavaConfig, shape: VisionShape, dtype: ir.DataType) -
     features = tower(builder.op, inputs["pixel_values"])  # [images, 1 + patches, features]
     if config.feature_select == "patch":
         features = builder.op.Slice(features, [1], [config.vision.patches + 1], [1])
-    features.name = "tower_features"
+    features.name = TOWER_FEATURES
     return _finish(builder, spec, [builder.op.Identity(projector(builder.op, features))])
 
 

@@ -69,6 +69,13 @@ class PromptEncoder:
             )
         return self._table[ids]
 
+    def pixels(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        """RGB pictures to float32 ``pixel_values [pictures, 3, height, width]``."""
+        shape = self._manifest.vision
+        pixels = np.empty((len(pictures), 3, shape.image_height, shape.image_width), np.float32)
+        preprocess_batch(pictures, self._manifest.image, pixels)
+        return pixels
+
     def encode(
         self, prompts: Sequence[str], images: Sequence[Sequence[PictureSource]] | None, limit: int
     ) -> EncodedBatch:
@@ -115,9 +122,7 @@ class PromptEncoder:
 
     def _encode_pictures(self, pictures: list[Image.Image]) -> np.ndarray:
         began = time.perf_counter()
-        shape = self._manifest.vision
-        pixels = np.empty((len(pictures), 3, shape.image_height, shape.image_width), np.float32)
-        preprocess_batch(pictures, self._manifest.image, pixels)
+        pixels = self.pixels(pictures)
         self._preprocess_seconds = time.perf_counter() - began
         return self._vision.encode(pixels)  # [pictures, patches, hidden]
 

@@ -42,8 +42,8 @@ class Llava:
         self.directory = bundle.directory
         self.backend = backend
         """A sentence for people: which backend runs, and why a better one does not."""
-        self._encoder = encoder
-        self._decoder = decoder
+        self.encoder = encoder
+        self.decoder = decoder
         self._context = CachedContext()
         self._call = 0
 
@@ -87,7 +87,7 @@ class Llava:
     @property
     def max_len(self) -> int:
         """Slots of the KV cache: prompt, image features and answer together."""
-        return self._decoder.max_len
+        return self.decoder.max_len
 
     def generate(
         self,
@@ -113,7 +113,7 @@ class Llava:
         """
         began = time.perf_counter()
         limits = GenerationLimits(max_new_tokens, frozenset(self.manifest.chat.stop_token_ids))
-        batch = self._encoder.encode(prompts, images, self._decoder.max_len)
+        batch = self.encoder.encode(prompts, images, self.decoder.max_len)
         generation, reused = self._start(batch, limits, sampling, stop)
         first = None
         for _ in self._steps(generation, batch, reused):
@@ -144,7 +144,7 @@ class Llava:
         """
         began = time.perf_counter()
         limits = GenerationLimits(max_new_tokens, frozenset(self.manifest.chat.stop_token_ids))
-        batch = self._encoder.encode([prompt], [images], self._decoder.max_len)
+        batch = self.encoder.encode([prompt], [images], self.decoder.max_len)
         generation, reused = self._start(batch, limits, sampling, stop)
         return self._pieces(generation, batch, reused, began)
 
@@ -175,16 +175,16 @@ class Llava:
         """Set up the run of a batch; how many tokens at its start the cache holds already."""
         stops = (*self.manifest.chat.stop_strings, *stop)
         rows = [
-            Row(TextStream(self._encoder.tokenizer, stops), history, length)
+            Row(TextStream(self.encoder.tokenizer, stops), history, length)
             for history, length in zip(batch.text_ids, batch.lengths.tolist(), strict=True)
         ]
         sampler = Sampler(sampling, len(rows))
         self._call += 1
-        self._decoder.begin(len(rows))
+        self.decoder.begin(len(rows))
         if len(rows) > 1:
             self._context.clear()
-            return Generation(self._decoder, sampler, limits, rows), 0
-        return Generation(self._decoder, sampler, limits, rows), self._context.reuse(batch.slots)
+            return Generation(self.decoder, sampler, limits, rows), 0
+        return Generation(self.decoder, sampler, limits, rows), self._context.reuse(batch.slots)
 
     def _steps(self, generation: Generation, batch: EncodedBatch, reused: int) -> Iterator[None]:
         """Run the generation and keep the record of what a one-row cache holds."""
@@ -195,7 +195,7 @@ class Llava:
                 self._context.extend((token,))
 
         call = self._call
-        for count, _ in enumerate(generation.steps(batch.inputs_embeds, reused, self._encoder.embed, written)):
+        for count, _ in enumerate(generation.steps(batch.inputs_embeds, reused, self.encoder.embed, written)):
             if single and not count:
                 self._context.extend(batch.slots[reused:])
             yield
