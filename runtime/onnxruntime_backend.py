@@ -115,7 +115,7 @@ def _open(model: Path, options: OnnxRuntimeOptions) -> onnxruntime.InferenceSess
         return ort.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise BackendError(
-            f"{model}: ONNX Runtime {ort.__version__} cannot load it: {error}; want version 1.24 or later"
+            f"{model}: ONNX Runtime {ort.__version__} cannot load it: {error}; want version 1.25 or later"
         ) from error
 
 
