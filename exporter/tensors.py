@@ -1,0 +1,227 @@
+"""Tensors of a checkpoint, read one at a time and only when their values are wanted.
+
+Opening a file reads names, dtypes and shapes; 14 GB take milliseconds. safetensors files are mapped into memory, so
+reading one of their tensors copies nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from llava_deploy.engines.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The dtypes that weights may be stored in."""
+
+_FROM_SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class TensorSource(Protocol):
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: canonical name, or the file's own where it has not been renamed.
+        key: the file's own name.
+        dtype: ``float32``, ``float16`` or ``bfloat16``; anything else is the file's word for it and cannot be read.
+        nbytes: size of its values.
+        origin: file and key, for messages.
+        files: the files that its values come from.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def origin(self) -> str: ...
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+
+    def read(self) -> np.ndarray:
+        """The values, of ``shape``; bfloat16 as ``ml_dtypes.bfloat16``. Read-only, mapped from the file if it can be.
+
+        Raises:
+            CheckpointError: the values are stored in a dtype that cannot be read.
+        """
+        ...
+
+
+Source = TypeVar("Source", bound=TensorSource)
+
+
+def renamed(source: Source, name: str) -> Source:
+    """The same tensor under another name; every kind of source is a dataclass."""
+    return dataclasses.replace(source, name=name)  # type: ignore[type-var]
+
+
+def require_dtype(source: TensorSource) -> np.dtype:
+    """The NumPy dtype of a source's values.
+
+    Raises:
+        CheckpointError: not a dtype that weights may be stored in.
+    """
+    if source.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{source.origin}: want values of {', '.join(DTYPES)}, found {source.dtype}; "
+            "quantised checkpoints are not read by this version: take the unquantised one"
+        )
+    return DTYPES[source.dtype]
+
+
+@dataclass(frozen=True)
+class MappedTensor:
+    """A tensor in a safetensors file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    path: Path
+    key: str
+    offset: int
+
+    @property
+    def origin(self) -> str:
+        """File and key."""
+        return f"{self.path} ({self.key})"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The one file."""
+        return (self.path,)
+
+    def read(self) -> np.ndarray:
+        """The values as a view of the mapped file; nothing is copied."""
+        dtype = require_dtype(self)
+        if self.nbytes == 0:  # nothing can be mapped
+            return np.empty(self.shape, dtype)
+        return np.memmap(self.path, dtype, mode="r", offset=self.offset, shape=self.shape)
+
+
+@dataclass(frozen=True)
+class TorchTensor:
+    """A tensor in a file of ``torch.save``, mapped by torch."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    path: Path
+    key: str
+    tensor: torch.Tensor
+
+    @property
+    def origin(self) -> str:
+        """File and key."""
+        return f"{self.path} ({self.key})"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The one file."""
+        return (self.path,)
+
+    def read(self) -> np.ndarray:
+        """The values as a view of the mapped file, unless they are stored transposed or with gaps."""
+        dtype = require_dtype(self)
+        values = self.tensor.detach().contiguous()
+        if self.dtype == "bfloat16":  # torch gives NumPy no bfloat16
+            import torch
+
+            values = values.view(torch.uint16)
+        return values.numpy().view(dtype)
+
+
+def open_file(path: Path) -> Mapping[str, TensorSource]:
+    """Every tensor in one file, by the file's own names: safetensors by its suffix, else ``torch.save``'s format.
+
+    Raises:
+        CheckpointError: no such file, damaged, or a pickle that would need to run code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: want a weight file, found none; fetch the checkpoint's files again")
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
+
+
+def _open_safetensors(path: Path) -> dict[str, TensorSource]:
+    try:
+        with safe_open(path, framework="numpy"):  # the library checks offsets, sizes, overlaps and the file's length
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: want a whole safetensors file of {path.stat().st_size:,} bytes or more, found one that is "
+            f"damaged or cut short ({error}); fetch the file again"
+        ) from error
+    header.pop("__metadata__", None)
+    return {
+        key: MappedTensor(
+            name=key,
+            dtype=_FROM_SAFETENSORS.get(entry["dtype"], entry["dtype"]),
+            shape=tuple(entry["shape"]),
+            nbytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+            path=path,
+            key=key,
+            offset=8 + length + entry["data_offsets"][0],
+        )
+        for key, entry in header.items()
+    }
+
+
+def _open_torch(path: Path) -> dict[str, TensorSource]:
+    import torch
+
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{path}: refused, because reading it would run code that the file brings along ({reason}); "
+            "take the checkpoint as safetensors"
+        ) from error
+    except (RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{path}: want a whole zip file of torch.save, which can be mapped, found one that is damaged, cut short "
+            f"or of the format before torch 1.6 ({reason}); fetch the file again, or take the checkpoint as safetensors"
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise CheckpointError(
+            f"{path}: want a mapping of names to tensors, found {type(content).__name__} of other things; "
+            "this is not a file of model weights"
+        )
+    return {str(key): _torch_source(path, str(key), tensor) for key, tensor in content.items()}
+
+
+def _torch_source(path: Path, key: str, tensor: torch.Tensor) -> TorchTensor:
+    import torch
+
+    plain = tensor.layout == torch.strided and not tensor.is_quantized
+    dtype = str(tensor.dtype).removeprefix("torch.") if plain else f"{tensor.layout} {tensor.dtype}"
+    shape = tuple(tensor.shape)
+    return TorchTensor(key, dtype, shape, math.prod(shape) * tensor.dtype.itemsize, path, key, tensor)
