@@ -68,6 +68,9 @@ class LlavaMetaModel:
             tower = build_vision_tower(model_args)
         else:
             tower.load_model()
+            # The original leaves these as the config had them and then writes other ones on the config.
+            tower.select_layer = model_args.mm_vision_select_layer
+            tower.select_feature = model_args.mm_vision_select_feature
             if fsdp and not isinstance(self.vision_tower, list):
                 # A registered child module cannot be overwritten by a list.
                 del self.vision_tower

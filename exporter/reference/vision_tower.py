@@ -48,7 +48,7 @@ class CLIPVisionTower(nn.Module):
             )
         self.select_feature = cast(FeatureSelect, select)
         self._unloaded_config: CLIPVisionConfig = (
-            vision_tower if isinstance(vision_tower, CLIPVisionConfig) else _read_config(Path(vision_tower))
+            vision_tower if isinstance(vision_tower, CLIPVisionConfig) else read_tower_config(vision_tower)
         )
         if not delay_load:
             self.load_model()
@@ -128,8 +128,14 @@ def build_vision_tower(args: Any, *, delay_load: bool = False) -> CLIPVisionTowe
     return CLIPVisionTower(source, args, delay_load=delay_load)
 
 
-def _read_config(directory: Path) -> CLIPVisionConfig:
-    if not (directory / "config.json").is_file():
+def read_tower_config(directory: str | Path) -> CLIPVisionConfig:
+    """Read the CLIP vision config in a directory (also out of a whole CLIP model's); nothing is fetched.
+
+    Raises:
+        CheckpointError: no config.json there.
+
+    """
+    if not (Path(directory) / "config.json").is_file():
         raise CheckpointError(
             f"vision tower: want a directory with config.json, found none at {str(directory)!r}; "
             "nothing is downloaded, so give the path of a local copy"

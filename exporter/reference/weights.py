@@ -20,6 +20,7 @@ from transformers import LlavaConfig as HfLlavaConfig
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.exporter.reference.llava_llama import LlavaLlamaConfig, LlavaLlamaForCausalLM
+from llava_deploy.exporter.reference.vision_tower import read_tower_config
 
 _TOWER = "model.vision_tower.vision_tower."
 
@@ -75,9 +76,7 @@ def from_checkpoint(
     inside = any(name.startswith(_TOWER) for name in tensors)
     if inside and config.mm_vision_config is None and config.mm_vision_tower is not None:
         # The directory gives the sizes; the weights come from the checkpoint.
-        config.mm_vision_config = CLIPVisionConfig.from_pretrained(
-            config.mm_vision_tower, local_files_only=True
-        ).to_dict()
+        config.mm_vision_config = read_tower_config(config.mm_vision_tower).to_dict()
     model = LlavaLlamaForCausalLM(config)
     tower = model.get_vision_tower()
     if tower is not None and inside:

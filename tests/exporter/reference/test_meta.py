@@ -105,6 +105,17 @@ def test_delayed_tower_is_loaded_in_place(
     assert model.get_vision_tower() is tower
 
 
+def test_loaded_tower_selects_what_the_config_then_says(make_model: MakeModel, clip_directory: str) -> None:
+    model = make_model()
+    pixels = torch.randn(1, 3, 16, 16)
+    model.get_model().initialize_vision_modules(
+        arguments(clip_directory, mm_vision_select_layer=-1, mm_vision_select_feature="cls_patch")
+    )
+    tower: Any = model.get_vision_tower()
+    want = tower.vision_tower(pixels, output_hidden_states=True).hidden_states[model.config.mm_vision_select_layer]
+    assert torch.equal(tower(pixels), want)
+
+
 def test_frozen_projector_is_made_trainable_and_kept(make_model: MakeModel, clip_directory: str) -> None:
     model = make_model()
     projector = model.get_model().mm_projector.requires_grad_(False)

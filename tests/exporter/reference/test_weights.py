@@ -168,6 +168,15 @@ def test_tower_inside_with_its_config_beside(make_model: MakeModel, tmp_path: Pa
     assert_same_weights(model, from_checkpoint(tmp_path / "llava"))
 
 
+def test_tower_whose_sizes_are_nowhere(make_model: MakeModel, tmp_path: Path, clip_directory: str) -> None:
+    save_original(make_model(mm_vision_config=None, mm_vision_tower=clip_directory), tmp_path / "llava")
+    path = tmp_path / "llava" / "config.json"
+    changes = {"mm_vision_config": None, "mm_vision_tower": "openai/clip-vit-large-patch14"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError, match="found none at 'openai/clip-vit-large-patch14'"):
+        from_checkpoint(tmp_path / "llava")
+
+
 def test_dtype(make_model: MakeModel, tmp_path: Path) -> None:
     save_hf(make_model(), tmp_path)
     assert {p.dtype for p in from_checkpoint(tmp_path, dtype=torch.float16).parameters()} == {torch.float16}
