@@ -8,11 +8,9 @@ from functools import lru_cache
 
 from tokenizers import Tokenizer
 
+from llava_deploy.engines.contract import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_deploy.exporter.demo.scenes import DESCRIBE, Form, Question, Scene, describe, questions
 from llava_deploy.exporter.demo.tokens import BOS, EOS, SYSTEM
-
-IGNORE_INDEX = -100
-IMAGE_TOKEN_INDEX = -200
 
 # Counting and telling where things are take longest to learn, so they are asked most.
 _WEIGHTS = {Form.SHAPE: 3, Form.COLOUR: 2, Form.COUNT_ALL: 2, Form.COUNT_SHAPE: 4, Form.POSITION: 4, Form.RELATION: 5}

@@ -211,11 +211,11 @@ def describe(scene: Scene) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def examples(split: Split, seed: int = 0, kinds: tuple[str, ...] = KINDS) -> Iterator[Example]:
-    """Endless examples, the kinds in turn.
+def asked(split: Split, seed: int = 0, kinds: tuple[str, ...] = KINDS) -> Iterator[tuple[Scene, Question]]:
+    """Endless scenes with a question each, the kinds in turn; `examples` without the drawing.
 
     Within a kind its forms come in turn, and within a form every answer comes equally often, in an order shuffled anew
-    each round, so answers are balanced given the question.  The same arguments give the same examples.
+    each round, so answers are balanced given the question.  The same arguments give the same questions.
     """
     rng = random.Random(f"{split.value}/{seed}")
     forms = {kind: _forever([form for form in Form if form.kind == kind]) for kind in kinds}
@@ -228,8 +228,13 @@ def examples(split: Split, seed: int = 0, kinds: tuple[str, ...] = KINDS) -> Ite
             while not found:
                 scene = random_scene(split, rng)
                 found = [question for question in questions(scene, form) if question.answer == answer]
-            chosen = rng.choice(found)
-            yield Example(scene.picture(), chosen.text, chosen.answer, kind, scene)
+            yield scene, rng.choice(found)
+
+
+def examples(split: Split, seed: int = 0, kinds: tuple[str, ...] = KINDS) -> Iterator[Example]:
+    """Endless examples, the kinds in turn and the answers balanced as `asked` says, the pictures drawn."""
+    for scene, question in asked(split, seed, kinds):
+        yield Example(scene.picture(), question.text, question.answer, question.form.kind, scene)
 
 
 def _forever(items: Iterable, rng: random.Random | None = None) -> Iterator:
