@@ -62,8 +62,7 @@ def export(
         CheckpointError: a weight is NaN, infinite, or outside the range of the precision.
         LlavaDeployError: the disk is full.
     """
-    if output.exists() and not replace:
-        raise InputError(f"{output}: exists already; choose another directory or replace it with --force")
+    _require_free_name(output, replace=replace)
     graphs = build_graphs(checkpoint.config, precision)
     _require_space(checkpoint, graphs, output)
     total = sum(source.nbytes for source in checkpoint.tensors.values())
@@ -129,6 +128,16 @@ def _card(checkpoint: Checkpoint, precision: Precision) -> ModelCard:
         precision=precision,
         parameters=sum(math.prod(source.shape) for source in checkpoint.tensors.values()),
     )
+
+
+def _require_free_name(output: Path, *, replace: bool) -> None:
+    """Nothing but a bundle is ever replaced."""
+    if not output.exists() and not output.is_symlink():
+        return
+    if not replace:
+        raise InputError(f"{output}: exists already; choose another directory, or replace it with --force")
+    if not (output / MANIFEST_NAME).is_file():
+        raise InputError(f"{output}: exists and is not a bundle, which is all that --force replaces; remove it")
 
 
 def _bytes_wanted(checkpoint: Checkpoint, graphs: Graphs) -> int:

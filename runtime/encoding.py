@@ -48,7 +48,7 @@ class PromptEncoder:
 
     def __init__(self, bundle: Bundle, vision: VisionSession) -> None:
         self._manifest = bundle.manifest
-        self._vision = vision
+        self.vision = vision
         self._features = FeatureCache()
         self._table = _load_table(bundle)
         self.tokenizer = _load_tokenizer(bundle)
@@ -124,7 +124,7 @@ class PromptEncoder:
         began = time.perf_counter()
         pixels = self.pixels(pictures)
         self._preprocess_seconds = time.perf_counter() - began
-        return self._vision.encode(pixels)  # [pictures, patches, hidden]
+        return self.vision.encode(pixels)  # [pictures, patches, hidden]
 
     def _check_row(self, index: int, ids: np.ndarray, pictures: int, limit: int) -> None:
         placeholders = int((ids == IMAGE_TOKEN_INDEX).sum())
