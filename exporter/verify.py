@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 from llava_deploy.engines.contract import HIDDEN_STATES, hidden_state_name, past_name
-from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest
+from llava_deploy.engines.errors import InputError
+from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, ImageRecipe, Manifest
 from llava_deploy.exporter.checkpoint import Checkpoint
-from llava_deploy.exporter.graphs import TOWER_FEATURES
+from llava_deploy.exporter.graphs import TOWER_FEATURES, decoder_shape, vision_shape
 from llava_deploy.exporter.reference.pixels import reference_pixels
 from llava_deploy.exporter.reference.splice import SpliceOptions
 from llava_deploy.exporter.reference.splice import splice as reference_splice
@@ -102,25 +103,41 @@ def verify(
         picture: the picture for it.
         max_new_tokens: greedy tokens to compare.
         on_stage: called with each result as it is known.
+
+    Raises:
+        InputError: the bundle was made from a model of other sizes.
     """
     llava = Llava.load(bundle)
+    precision = llava.manifest.model.precision
+    shapes = (vision_shape(checkpoint.config, precision), decoder_shape(checkpoint.config, precision))
+    if shapes != (llava.manifest.vision, llava.manifest.decoder):
+        raise InputError(
+            f"{bundle}: made from a model of other sizes than {checkpoint.directory} ({llava.manifest.model.decoder}; "
+            f"{llava.manifest.model.vision}); give the checkpoint that it was exported from"
+        )
     model = load_torch(checkpoint)
     stages = []
     with torch.inference_mode():
-        for stage in _stages(llava, model, bundle, prompt, picture, max_new_tokens):
+        for stage in _stages(llava, model, checkpoint.image, bundle, prompt, picture, max_new_tokens):
             stages.append(stage)
             on_stage(stage)
     return VerifyReport(llava.backend, prompt, tuple(stages))
 
 
 def _stages(
-    llava: Llava, model: TorchLlava, bundle: Path, prompt: str, picture: PictureSource, max_new_tokens: int
+    llava: Llava,
+    model: TorchLlava,
+    recipe: ImageRecipe,
+    bundle: Path,
+    prompt: str,
+    picture: PictureSource,
+    max_new_tokens: int,
 ) -> Iterator[StageResult]:
     manifest = llava.manifest
     tolerance = TOLERANCE[manifest.model.precision]
     image = load_picture(picture)
     pixels = llava.encoder.pixels([image])  # [1, 3, height, width]
-    yield _pixel_stage(pixels, reference_pixels(image, manifest.image), manifest)
+    yield _pixel_stage(pixels, reference_pixels(image, recipe), manifest)
 
     found = _all_outputs(bundle / VISION_GRAPH, {"pixel_values": pixels.astype(manifest.vision.dtype)})
     states = model.hidden_states(torch.from_numpy(pixels))

@@ -1,0 +1,104 @@
+"""Verify passes on what the export wrote, and names the stage where something was changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from llava_deploy.engines.manifest import MANIFEST_NAME, describe_file, read_manifest
+from llava_deploy.exporter.checkpoint import CheckpointOptions, open_checkpoint
+from llava_deploy.exporter.demo.scenes import Split, examples
+from llava_deploy.exporter.export import export
+from llava_deploy.exporter.verify import StageResult, VerifyReport, verify
+
+EXAMPLE = next(iter(examples(Split.HELD_OUT, seed=2)))
+PROMPT = f"USER: <image>\n{EXAMPLE.question} ASSISTANT:"
+
+
+def run(checkpoint: Path, bundle: Path, seen: Callable[[StageResult], None] = lambda _: None) -> VerifyReport:
+    opened = open_checkpoint(checkpoint, CheckpointOptions())
+    return verify(opened, bundle, prompt=PROMPT, picture=EXAMPLE.picture, max_new_tokens=8, on_stage=seen)
+
+
+def scale(bundle: Path, graph: str, name: str, factor: float) -> None:
+    """Multiply one initializer in the external data, and have the manifest agree."""
+    for tensor in onnx.load(bundle / graph, load_external_data=False).graph.initializer:
+        if tensor.name == name:
+            where = {entry.key: entry.value for entry in tensor.external_data}
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            values = np.memmap(bundle / where["location"], dtype, "r+", int(where["offset"]), tuple(tensor.dims))
+            values *= dtype.type(factor)
+            values.flush()
+    sign(bundle)
+
+
+def sign(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    files = tuple(describe_file(bundle, entry.path) for entry in manifest.files)
+    (bundle / MANIFEST_NAME).write_text(replace(manifest, files=files).to_json())
+
+
+def test_the_demo_bundle_passes(demo_checkpoint: Path, demo_bundle: Path) -> None:
+    seen: list[StageResult] = []
+    report = run(demo_checkpoint, demo_bundle, seen.append)
+    assert report.ok, report.to_dict()
+    assert report.stages == tuple(seen)
+    kinds = list(dict.fromkeys(stage.kind for stage in report.stages))
+    assert kinds == ["pixels", "tower", "projector", "splice", "decoder", "logits", "tokens"]
+    manifest = read_manifest(demo_bundle)
+    assert sum(stage.kind == "decoder" for stage in report.stages) == manifest.decoder.layers
+    json.dumps(report.to_dict())
+
+
+def test_fp16_passes_within_its_own_tolerance(demo_checkpoint: Path, tmp_path: Path) -> None:
+    export(open_checkpoint(demo_checkpoint, CheckpointOptions()), tmp_path / "bundle", "fp16")
+    report = run(demo_checkpoint, tmp_path / "bundle")
+    assert report.ok, report.to_dict()
+    assert max(stage.error for stage in report.stages if stage.kind == "decoder") > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("graph", "tensor", "stage"),
+    [
+        ("vision.onnx", "vision_tower.embeddings.patch_embedding.weight", "tower hidden_states.0"),
+        ("vision.onnx", "vision_tower.encoder.layers.1.mlp.fc1.weight", "tower hidden_states.2"),
+        ("vision.onnx", "projector.1.weight", "projector"),
+        ("decoder.onnx", "language_model.layers.0.self_attn.v_proj.weight", "decoder hidden_states.1"),
+        ("decoder.onnx", "language_model.layers.2.mlp.down_proj.weight", "decoder hidden_states.3"),
+        ("decoder.onnx", "language_model.norm.weight", "logits"),
+        ("decoder.onnx", "lm_head.weight", "logits"),
+    ],
+)
+def test_a_weight_off_by_a_percent(
+    demo_checkpoint: Path, demo_bundle: Path, tmp_path: Path, graph: str, tensor: str, stage: str
+) -> None:
+    shutil.copytree(demo_bundle, tmp_path / "bundle")
+    scale(tmp_path / "bundle", graph, tensor, 1.01)
+    report = run(demo_checkpoint, tmp_path / "bundle")
+    assert report.first_failure == stage
+
+
+def test_embeddings_off_by_a_percent(demo_checkpoint: Path, demo_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(demo_bundle, tmp_path / "bundle")
+    table = np.load(tmp_path / "bundle" / "embed_tokens.npy", mmap_mode="r+")
+    table *= table.dtype.type(1.01)
+    table.flush()
+    sign(tmp_path / "bundle")
+    assert run(demo_checkpoint, tmp_path / "bundle").first_failure == "splice"
+
+
+def test_a_preprocessing_constant_off(demo_checkpoint: Path, demo_bundle: Path, tmp_path: Path) -> None:
+    """The manifest says another mean than the checkpoint."""
+    shutil.copytree(demo_bundle, tmp_path / "bundle")
+    manifest = read_manifest(tmp_path / "bundle")
+    assert manifest.image.mean is not None
+    image = replace(manifest.image, mean=(manifest.image.mean[0] + 0.02, *manifest.image.mean[1:]))
+    (tmp_path / "bundle" / MANIFEST_NAME).write_text(replace(manifest, image=image).to_json())
+    assert run(demo_checkpoint, tmp_path / "bundle").first_failure == "pixels"
