@@ -1,9 +1,10 @@
-"""Tiny random checkpoints, written by transformers itself and then renamed to what other versions would have written."""
+"""Tiny random checkpoints, written by transformers itself and renamed to what other versions would have written."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
+
+from llava_deploy.exporter.reference import LlavaLlamaConfig, LlavaLlamaForCausalLM
 
 VISION = {
     "hidden_size": 32,
@@ -79,7 +83,33 @@ class Saved:
         return {_renamed(key, names): value for key, value in self.model.state_dict().items()}
 
 
+@dataclass(frozen=True)
+class SavedOriginal:
+    """A checkpoint of the original layout, its tower's directory, and the reference model."""
+
+    directory: Path
+    tower: Path
+    model: LlavaLlamaForCausalLM
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The model's parameters as the original names them."""
+        prefix = r"^model\.vision_tower\.vision_tower\.(?!vision_model)"
+        rules = ((prefix, "model.vision_tower.vision_tower.vision_model."),)
+        return {_renamed(key, rules): value for key, value in self.model.state_dict().items()}
+
+    def canonical(self) -> dict[str, torch.Tensor]:
+        """The model's parameters under canonical names, without the rules for what is left out."""
+        rules = (
+            (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
+            (r"^model\.mm_projector\.(weight|bias)", r"projector.0.\1"),
+            *((rf"^model\.mm_projector\.{2 * i}\.", f"projector.{i}.") for i in range(4)),
+            (r"^model\.", "language_model."),
+        )
+        return {_renamed(key, rules): value for key, value in self.model.state_dict().items()}
+
+
 MakeLlava = Callable[..., Saved]
+MakeOriginal = Callable[..., SavedOriginal]
 Edit = Callable[[Path, Callable[[dict[str, Any]], None]], None]
 Rename = Callable[[Path, tuple[tuple[str, str], ...]], None]
 
@@ -90,6 +120,14 @@ def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
         if count:
             return name
     return name
+
+
+def _random(model: Any, seed: int) -> Any:
+    """Weights large enough that each of them shows in the output."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2, generator=generator)
+    return model.eval()
 
 
 @pytest.fixture(autouse=True)
@@ -124,38 +162,95 @@ def save_companions() -> Callable[[Path, int], PreTrainedTokenizerFast]:
     return save
 
 
-@pytest.fixture
-def make_llava(tmp_path: Path, save_companions: Callable[[Path, int], PreTrainedTokenizerFast]) -> MakeLlava:
-    """A factory of llava-hf checkpoints: ``make_llava(vision={…}, text={…}, **top, shard="20KB")``."""
+@pytest.fixture(scope="session")
+def masters(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]:
+    """Build each checkpoint once a session; every test works on a copy of its files, and leaves the model alone."""
+    built: dict[str, tuple[Path, Any]] = {}
 
-    def make(
-        name: str = "checkpoint",
-        *,
-        vision: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
-        shard: str = "5GB",
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-        **top: Any,  # fields of LlavaConfig
-    ) -> Saved:
+    def master(key: str, build: Callable[[Path], Any]) -> tuple[Path, Any]:
+        if key not in built:
+            directory = tmp_path_factory.mktemp("master")
+            built[key] = (directory, build(directory))
+        return built[key]
+
+    return master
+
+
+@pytest.fixture
+def make_llava(tmp_path: Path, masters: Any, save_companions: Any) -> MakeLlava:
+    """A factory of llava-hf checkpoints: ``make_llava(vision={…}, text={…}, shard="20KB", **of_LlavaConfig)``."""
+
+    def build(directory: Path, shard: str, dtype: torch.dtype, seed: int, fields: dict[str, Any]) -> Any:
         tokenizer = make_tokenizer()
         bos, eos, image = (tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "</s>", "<image>"))
         ids = {"vocab_size": len(tokenizer), "bos_token_id": bos, "eos_token_id": eos}
         config = LlavaConfig(
-            vision_config=CLIPVisionConfig(**{**VISION, **(vision or {})}),
-            text_config=LlamaConfig(**{**TEXT, **ids, **(text or {})}),
+            vision_config=CLIPVisionConfig(**{**VISION, **fields.pop("vision", {})}),
+            text_config=LlamaConfig(**{**TEXT, **ids, **fields.pop("text", {})}),
             image_token_index=image,
-            **top,
+            **fields,
         )
-        torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(config).eval()
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-        model.to(dtype)
-        directory = tmp_path / name
+        model = _random(LlavaForConditionalGeneration(config), seed).to(dtype)
         model.save_pretrained(directory, max_shard_size=shard)
         save_companions(directory, config.vision_config.image_size)
-        return Saved(directory, model)
+        return model
+
+    def make(
+        name: str = "checkpoint",
+        *,
+        shard: str = "5GB",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        **fields: Any,
+    ) -> Saved:
+        key = f"llava-hf {shard} {dtype} {seed} {sorted(fields.items())}"
+        master, model = masters(key, lambda directory: build(directory, shard, dtype, seed, dict(fields)))
+        return Saved(shutil.copytree(master, tmp_path / name), model)
+
+    return make
+
+
+@pytest.fixture
+def make_original(tmp_path: Path, masters: Any, save_companions: Any, edit_json: Edit) -> MakeOriginal:
+    """A factory of original-layout checkpoints, the tower beside (``tower="beside"``) or inside (``"inside"``).
+
+    ``make_original(vision={…}, **fields_of_config_json)``.
+    """
+
+    def build(directory: Path, seed: int, fields: dict[str, Any]) -> Any:
+        vision_config = CLIPVisionConfig(**{**VISION, **fields.pop("vision", {})})
+        tower = directory / "tower"
+        _random(CLIPVisionModel(vision_config), seed).save_pretrained(tower)
+        tokenizer = save_companions(tower, vision_config.image_size)
+        bos, eos = (tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "</s>"))
+        multimodal = {
+            "mm_vision_tower": str(tower),
+            "mm_hidden_size": vision_config.hidden_size,
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_select_layer": -2,
+            "mm_vision_select_feature": "patch",
+            "use_mm_proj": True,
+        }
+        ids = {"vocab_size": len(tokenizer), "bos_token_id": bos, "eos_token_id": eos}
+        config = LlavaLlamaConfig(**{**TEXT, **ids, **multimodal, **fields})
+        model = _random(LlavaLlamaForCausalLM(config), seed + 1)
+        model.get_model().get_vision_tower().load_model()
+        config.save_pretrained(directory / "checkpoint")
+        tokenizer.save_pretrained(directory / "checkpoint")
+        return model
+
+    def make(name: str = "original", *, tower: str = "beside", seed: int = 0, **fields: Any) -> SavedOriginal:
+        key = f"llava {seed} {sorted(fields.items())}"
+        master, model = masters(key, lambda directory: build(directory, seed, dict(fields)))
+        directory = shutil.copytree(master / "checkpoint", tmp_path / name)
+        beside = shutil.copytree(master / "tower", tmp_path / f"{name}-tower")
+        edit_json(directory / "config.json", lambda values: values.update(mm_vision_tower=str(beside)))
+        saved = SavedOriginal(directory, beside, model)
+        tensors = {k: v for k, v in saved.state().items() if tower == "inside" or ".vision_tower." not in k}
+        if model.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
+        save_file({key: value.clone() for key, value in tensors.items()}, directory / "model.safetensors")
+        return saved
 
     return make
 

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+
 from llava_deploy.exporter.checkpoint import Checkpoint, open_checkpoint
 from llava_deploy.exporter.weights import expected_tensors
 
