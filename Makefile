@@ -1,0 +1,61 @@
+# Sets up a virtual environment once, then demonstrates or tests. Needs Python 3.11-3.13, make and git.
+#
+#   make demo                        the whole way, on the tiny model that ships with the package
+#   make test                        lint, types and tests: what CI runs
+#   make test PYTHON=python3.12      with another Python
+#   make demo PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+#                                    spares the CUDA libraries where the package index has only PyTorch's CUDA build
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) -c constraints.txt
+set_up := $(bin)/python pyproject.toml constraints.txt
+packages := $(foreach room,engines runtime exporter,-p llava_deploy.$(room)) -m llava_deploy.cli
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types format clean
+
+help:
+	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
+
+demo: $(VENV)/demo.stamp
+	$(bin)/llava-deploy demo
+
+test: lint types
+	$(bin)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+
+# Type checkers do not see that the repository's root is the package llava_deploy: a link says it.
+types: $(VENV)/dev.stamp
+	@mkdir -p $(VENV)/typecheck && ln -sfn $(CURDIR) $(VENV)/typecheck/llava_deploy
+	cd $(VENV)/typecheck && $(abspath $(bin))/mypy --config-file $(CURDIR)/pyproject.toml \
+	    --cache-dir $(CURDIR)/.mypy_cache $(packages)
+
+format: $(VENV)/dev.stamp
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(bin)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	    echo "want Python 3.11 to 3.13, found $$($(PYTHON) --version 2>&1): name another with PYTHON=python3.12"; \
+	    exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: $(set_up)
+	@echo "Installing into $(VENV): some hundred megabytes, a few minutes the first time"
+	$(pip) -e '.[cpu,export]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(set_up)
+	@echo "Installing into $(VENV): some hundred megabytes, a few minutes the first time"
+	$(pip) -e '.[cpu,export,dev]'
+	@touch $(VENV)/demo.stamp $@
