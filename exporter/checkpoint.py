@@ -179,7 +179,6 @@ def _open_hf(directory: Path, fields: Fields, options: CheckpointOptions) -> _Op
 def _open_original(directory: Path, fields: Fields, options: CheckpointOptions) -> _Opened:
     collector = Collector()
     collector.add(open_weights(directory), llava.canonical_name)
-    adapter = _lay_over(collector, options, llava.canonical_name)
     is_inside = any(name.startswith("vision_tower.") for name in collector.found)
     tower = find_tower(fields, options.vision_tower, (directory, *_homes(options)), is_inside=is_inside)
     if tower.directory is not None and not is_inside:
@@ -187,7 +186,7 @@ def _open_original(directory: Path, fields: Fields, options: CheckpointOptions) 
     return _Opened(
         config=llava.parse(fields, tower.vision),
         collector=collector,
-        adapter=adapter,
+        adapter=_lay_over(collector, options, llava.canonical_name),
         naming=llava.canonical_name,
         image=tower.image if tower.image is not None else image_recipe.image_fields(directory),
         text=fields,
