@@ -132,14 +132,17 @@ def _compile(template: str) -> Template:
         raise TemplateError(str(message))
 
     def strftime_now(form: str) -> str:
-        return datetime.datetime.now().strftime(form)
+        return datetime.datetime.now().astimezone().strftime(form)
+
+    def plain_dict(*args: Any, **kwargs: Any) -> dict:  # the class itself would show its attributes
+        return dict(*args, **kwargs)
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals |= {
         "raise_exception": raise_exception,
         "strftime_now": strftime_now,
-        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
+        "dict": plain_dict,
         "namespace": PlainNamespace,
     }
     return environment.from_string(template)

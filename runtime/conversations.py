@@ -37,7 +37,8 @@ def render_conversation(conversation: Conversation, turns: Sequence[tuple[str, s
             ``user`` and ``assistant`` by turns, from user to user.
 
     Raises:
-        PromptError: other roles or another order, or an empty first question where the format has no place for it.
+        PromptError: other roles or another order, no question, or an empty first question where the original has no
+            place for it.
     """
     has_system = bool(turns) and turns[0][0] == "system"
     system = turns[0][1] if has_system else _SYSTEM[conversation]
@@ -49,6 +50,8 @@ def render_conversation(conversation: Conversation, turns: Sequence[tuple[str, s
                 f"message {index}: want role {want!r}, got {role!r}; the format {conversation!r} takes a system "
                 "message first, if any, then user and assistant by turns"
             )
+    if len(turns) == first:
+        raise PromptError("messages: want a question, found no user message; end with one")
     return _FORMATS[conversation](system, [text for _, text in turns[first:]])
 
 

@@ -143,7 +143,8 @@ def _top_p(weights: np.ndarray, top_p: float) -> np.ndarray:
     # Weights below their even share of what may go all go, whatever their order: the sort sees only the others.
     others = np.flatnonzero(weights >= spare / len(weights) * (1 - 1e-9))
     gone = weights.sum() - weights[others].sum()
-    ascending: np.ndarray = others[np.argsort(weights[others], kind="stable")]
+    ascending = others[np.argsort(weights[others], kind="stable")]
     stay = gone + weights[ascending].cumsum() > spare
     stay[-1] = True
-    return ascending[stay]
+    left: np.ndarray = ascending[stay]
+    return left

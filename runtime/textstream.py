@@ -7,7 +7,6 @@ keeps the last, incomplete character for ever.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,10 +16,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _REPLACEMENT = "�"
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # An incomplete UTF-8 sequence has 3 bytes at most, and a token one byte at least.
 _LOOK_BACK = 4
-_LONGEST_WINDOW = 12
+_LONGEST_WINDOW = 8
 
 
 class TextStream:
@@ -43,6 +41,7 @@ class TextStream:
             raise PromptError(f"stop strings: want a list of texts, none of them empty, got {stop_strings!r}")
         self._tokenizer = tokenizer
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._byte_tokens = {tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)} - {None}
         self._stops = tuple(stop_strings)
         # The last tokens, and how many characters of their own decoding were passed on. Whatever comes before them
         # does not change how what follows them decodes.
@@ -60,11 +59,10 @@ class TextStream:
         """The text that is certain now, often none or more than one token's."""
         if self._finished or token_id in self._special:
             return ""
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None:
+        if self._tokenizer.id_to_token(token_id) is None:
             return ""  # as decode: ids outside the vocabulary have no text
         self._window.append(token_id)
-        if _BYTE_TOKEN.fullmatch(token):
+        if token_id in self._byte_tokens:
             return ""
         text = self._decode(self._window)
         # Bytes that are not yet a character decode to exactly one replacement character, at the end.
