@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
+from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.config import DecoderConfig, LlavaConfig, ProjectorConfig, RopeConfig, VisionConfig
@@ -56,8 +57,8 @@ def load_torch(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> To
         projector = _projector(config.projector)
         decoder = LlamaForCausalLM(_llama_config(config.decoder))
     layers = max(resolved_feature_layers(config))
-    tower_layers = next(m for m in tower.modules() if type(m).__name__ == "CLIPEncoder").layers
-    del tower_layers[layers:]  # the checkpoint's left-over layers are not read
+    encoder = next(module for module in tower.modules() if isinstance(module, CLIPEncoder))
+    encoder.layers = encoder.layers[:layers]  # the checkpoint's left-over layers are not read
     _fill(tower, checkpoint.tensors, dtype, lambda name: f"vision_tower.{name.removeprefix('vision_model.')}")
     _fill(projector, checkpoint.tensors, dtype, _projector_name)
     _fill(decoder, checkpoint.tensors, dtype, _decoder_name)

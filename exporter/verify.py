@@ -170,8 +170,8 @@ def _stages(
         **{past_name(i, part): cache for i in range(manifest.decoder.layers) for part in ("key", "value")},
     }
     found = _all_outputs(bundle / DECODER_GRAPH, feed)
-    states, logits = _decoder_states(model, want)
-    for index, state in enumerate(states, start=1):
+    layers, logits = _decoder_states(model, want)
+    for index, state in enumerate(layers, start=1):
         name = hidden_state_name(index)
         yield _stage(f"decoder {name}", "decoder", found[name], state, tolerance)
     yield _stage("logits", "logits", found["logits"], logits, tolerance)
@@ -225,7 +225,8 @@ def _token_stage(
     """Greedy tokens of both; where they part, PyTorch's own two choices may be no further apart than the noise."""
     found = llava.generate([prompt], [[image]], max_new_tokens=most)[0].token_ids
     stop = list(llava.manifest.chat.stop_token_ids)
-    output = model.decoder.generate(
+    decoder: Any = model.decoder  # generate's own annotations know no LlamaForCausalLM
+    output = decoder.generate(
         inputs_embeds=embeds,
         attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
         max_new_tokens=most,

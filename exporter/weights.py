@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, NoReturn
 import numpy as np
 import onnx_ir as ir
 
-from llava_deploy.engines.errors import CheckpointError
+from llava_deploy.engines.errors import CheckpointError, LlavaDeployError
 from llava_deploy.exporter.config import LlavaConfig
 from llava_deploy.exporter.graphs import decoder_modules, vision_modules
 
@@ -41,7 +41,7 @@ def expected_tensors(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
 
     Taken from the graph modules' own parameters: tower layers past the feature layer are not among them.
     """
-    shapes = {EMBED_TOKENS: (config.decoder.vocab_size, config.decoder.hidden_size)}
+    shapes: dict[str, tuple[int, ...]] = {EMBED_TOKENS: (config.decoder.vocab_size, config.decoder.hidden_size)}
     decoder, head = decoder_modules(config, ir.DataType.FLOAT)
     heads = () if config.decoder.tie_word_embeddings else (head,)
     for module in (*vision_modules(config, ir.DataType.FLOAT), decoder, *heads):
@@ -63,7 +63,7 @@ def write_tensor(file: BinaryIO, source: TensorSource, dtype: np.dtype, progress
             converted = np.ascontiguousarray(chunk, dtype=dtype)
         if not np.isfinite(converted).all():
             _refuse(source, chunk, dtype)
-        file.write(memoryview(converted).cast("B"))
+        file.write(converted.data.cast("B"))
         progress(chunk.size * source.nbytes // max(1, values.size))
 
 
@@ -90,21 +90,23 @@ def attach_weights(model: ir.Model, tensors: Mapping[str, TensorSource], path: P
     """
     with path.open("wb") as file:
         for name, value in model.graph.initializers.items():
-            dtype = value.dtype
-            length = math.prod(value.shape.numpy()) * dtype.numpy().itemsize
+            dtype, shape, constant = value.dtype, value.shape, value.const_value
+            if dtype is None or shape is None:
+                raise LlavaDeployError(f"graph {model.graph.name!r}: initializer {name!r} has no type; this is a bug")
+            length = math.prod(shape.numpy()) * dtype.numpy().itemsize
             location, offset = path.name, _padded(file.tell(), length)
             if name == EMBED_TOKENS:
                 location, offset = shared.path.name, shared.offset
             elif name in tensors:
                 file.write(b"\0" * (offset - file.tell()))
                 write_tensor(file, tensors[name], dtype.numpy(), progress)
-            elif length <= _INLINE:  # a constant of the graph's own
+            elif constant is None or length <= _INLINE:  # a constant of the graph's own
                 continue
             else:
                 file.write(b"\0" * (offset - file.tell()))
-                file.write(value.const_value.tobytes())
+                file.write(constant.tobytes())
             value.const_value = ir.ExternalTensor(
-                location, offset, length, dtype, shape=value.shape, name=name, base_dir=path.parent
+                location, offset, length, dtype, shape=shape, name=name, base_dir=path.parent
             )
         file.flush()
         os.fsync(file.fileno())

@@ -30,20 +30,21 @@ def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.I
 
 def reference_processor(recipe: ImageRecipe) -> CLIPImageProcessor:
     """transformers' processor, set up as the recipe says."""
-    size: dict[str, Any] | None = None
+    # Only what the recipe holds is passed: the processor takes no None for a step that is switched off.
+    fields: dict[str, Any] = {"resample": recipe.resample}
     if recipe.resize is not None:
         kind, *sizes = recipe.resize
-        size = {kind: sizes[0]} if kind == "shortest_edge" else {"height": sizes[0], "width": sizes[1]}
-    crop = None if recipe.crop is None else {"height": recipe.crop[0], "width": recipe.crop[1]}
+        fields["size"] = {kind: sizes[0]} if kind == "shortest_edge" else {"height": sizes[0], "width": sizes[1]}
+    if recipe.crop is not None:
+        fields["crop_size"] = {"height": recipe.crop[0], "width": recipe.crop[1]}
+    if recipe.rescale_factor is not None:
+        fields["rescale_factor"] = recipe.rescale_factor
+    if recipe.mean is not None and recipe.std is not None:
+        fields |= {"image_mean": list(recipe.mean), "image_std": list(recipe.std)}
     return CLIPImageProcessor(
-        do_resize=size is not None,
-        **({} if size is None else {"size": size}),
-        resample=recipe.resample,
-        do_center_crop=crop is not None,
-        **({} if crop is None else {"crop_size": crop}),
-        do_rescale=recipe.rescale_factor is not None,
-        **({} if recipe.rescale_factor is None else {"rescale_factor": recipe.rescale_factor}),
-        do_normalize=recipe.mean is not None,
-        image_mean=recipe.mean,
-        image_std=recipe.std,
+        do_resize="size" in fields,
+        do_center_crop="crop_size" in fields,
+        do_rescale="rescale_factor" in fields,
+        do_normalize="image_mean" in fields,
+        **fields,
     )
