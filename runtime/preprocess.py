@@ -10,7 +10,7 @@ import numpy as np
 
 from llava_deploy.engines.errors import PictureError
 from llava_deploy.engines.manifest import ImageRecipe
-from llava_deploy.runtime.pictures import MAX_PIXELS
+from llava_deploy.runtime.pixels import MAX_PIXELS
 
 if TYPE_CHECKING:
     from PIL import Image

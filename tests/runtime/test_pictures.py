@@ -16,7 +16,8 @@ from PIL import Image, ImageFile, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava_deploy.engines.errors import PictureError
-from llava_deploy.runtime.pictures import MAX_PIXELS, load_picture, picture_digest
+from llava_deploy.runtime.pictures import load_picture, picture_digest
+from llava_deploy.runtime.pixels import MAX_PIXELS
 
 
 @pytest.fixture

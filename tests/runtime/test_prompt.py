@@ -210,7 +210,17 @@ def test_a_template_sees_no_picture_object():
 
 
 def test_importing_the_modules_loads_neither_jinja2_nor_pillow_nor_tokenizers():
-    names = ["pictures", "preprocess", "prompt", "conversations", "chat_template", "tokenize", "sampling", "textstream"]
+    names = [
+        "pictures",
+        "pixels",
+        "preprocess",
+        "prompt",
+        "conversations",
+        "chat_template",
+        "tokenize",
+        "sampling",
+        "textstream",
+    ]
     program = (
         "import sys, types; package = types.ModuleType('llava_deploy.runtime'); import llava_deploy\n"
         "import importlib.util as u; spec = u.find_spec('llava_deploy.engines')\n"
