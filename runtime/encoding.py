@@ -157,12 +157,15 @@ class PromptEncoder:
         for index, row in enumerate(ids):
             batch[index, : len(row)] = row
             mask[index, : len(row)] = True
+        lengths = [
+            int((row != IMAGE_TOKEN_INDEX).sum()) + sum(map(len, found))
+            for row, found in zip(ids, features, strict=True)
+        ]
         # In the splice, a row of text uses up one image's place: give it one that is empty.
         empty = np.zeros((0, self._table.shape[1]), self._table.dtype)
         runs = [run for row in features for run in (row or [empty])]
         spliced = splice(batch, None, mask, None, runs, embed=self.embed, options=SpliceOptions())
-        assert spliced.attention_mask is not None
-        return spliced.inputs_embeds, spliced.attention_mask.sum(axis=1, dtype=np.int64)
+        return spliced.inputs_embeds, np.array(lengths)
 
     def _slots(self, ids: np.ndarray, digests: list[bytes]) -> list[Hashable]:
         patches = range(self._manifest.vision.patches)

@@ -195,7 +195,9 @@ class Llava:
                 self._context.extend((token,))
 
         call = self._call
-        for count, _ in enumerate(generation.steps(batch.inputs_embeds, reused, self.encoder.embed, written)):
+        for count, _ in enumerate(
+            generation.steps(batch.inputs_embeds[:, reused:], reused, self.encoder.embed, written)
+        ):
             if single and not count:
                 self._context.extend(batch.slots[reused:])
             yield
