@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
-from llava_deploy.runtime.pictures import picture_digest
+if TYPE_CHECKING:
+    from PIL import Image
 
 FEATURES_KEPT = 16
 """Pictures whose features are kept; the one used longest ago goes first."""
@@ -21,10 +22,9 @@ class FeatureCache:
         self._features: OrderedDict[bytes, np.ndarray] = OrderedDict()
 
     def features(
-        self, pictures: Sequence[Image.Image], encode: Callable[[list[Image.Image]], np.ndarray]
+        self, wanted: Mapping[bytes, Image.Image], encode: Callable[[list[Image.Image]], np.ndarray]
     ) -> dict[bytes, np.ndarray]:
-        """Features ``[patches, hidden]`` of each picture, by digest; ``encode`` gets the unknown ones, in one call."""
-        wanted = {picture_digest(picture): picture for picture in pictures}
+        """Features ``[patches, hidden]`` of pictures by digest; ``encode`` gets the unknown ones, in one call."""
         unknown = [digest for digest in wanted if digest not in self._features]
         if unknown:
             encoded = encode([wanted[digest] for digest in unknown])  # [unknown, patches, hidden]

@@ -67,7 +67,8 @@ class PromptEncoder:
                 f"token id {wrong} is outside the vocabulary of {vocab}; the tokenizer and the model differ: "
                 "export the bundle from a checkpoint whose tokenizer is its own"
             )
-        return self._table[ids]
+        embedded: np.ndarray = self._table[ids]
+        return embedded
 
     def pixels(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """RGB pictures to float32 ``pixel_values [pictures, 3, height, width]``."""
@@ -93,7 +94,7 @@ class PromptEncoder:
         began = time.perf_counter()
         if not prompts:
             raise PromptError("prompts: want one at least, got none")
-        rows = [()] * len(prompts) if images is None else images
+        rows: Sequence[Sequence[PictureSource]] = [()] * len(prompts) if images is None else images
         if len(rows) != len(prompts):
             raise PromptError(f"images: want one list of pictures a prompt, {len(prompts)}, got {len(rows)}")
         ids = [tokenize_prompt(prompt, self.tokenizer, self._manifest.chat) for prompt in prompts]
@@ -104,9 +105,10 @@ class PromptEncoder:
         loaded = time.perf_counter() - began - tokenized
         self._preprocess_seconds = 0.0
         at = time.perf_counter()
-        features = self._features.features([p for row in pictures for p in row], self._encode_pictures)
-        vision = time.perf_counter() - at - self._preprocess_seconds
         digests = [[picture_digest(picture) for picture in row] for row in pictures]
+        wanted = {d: p for found, row in zip(digests, pictures, strict=True) for d, p in zip(found, row, strict=True)}
+        features = self._features.features(wanted, self._encode_pictures)
+        vision = time.perf_counter() - at - self._preprocess_seconds
         at = time.perf_counter()
         inputs_embeds, lengths = self._splice(ids, [[features[d] for d in row] for row in digests])
         slots = self._slots(ids[0], digests[0])
