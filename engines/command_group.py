@@ -1,0 +1,118 @@
+"""A click group whose errors are one line: on the ground floor, so that ``--help`` imports nothing of the rooms."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from llava_deploy.engines.errors import InputError, LlavaDeployError
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_EXPORT_EXTRA = {"ml_dtypes", "onnx", "onnx_ir", "onnxscript", "polygraphy", "safetensors", "torch", "transformers"}
+
+
+@contextlib.contextmanager
+def _one_line_errors(context: click.Context) -> Iterator[None]:
+    """Turn exceptions into one line and an exit code, after the traceback with ``--debug``."""
+    try:
+        yield
+    except (click.exceptions.Exit, click.exceptions.NoArgsIsHelpError, BrokenPipeError):
+        raise
+    except (KeyboardInterrupt, click.Abort) as error:
+        click.echo(err=True)
+        raise click.exceptions.Exit(_INTERRUPTED) from error
+    except click.ClickException as error:
+        used = getattr(error, "ctx", None) or context
+        message = " ".join(error.format_message().splitlines())
+        _report(f"{message} See: {used.command_path} --help")
+        raise click.exceptions.Exit(InputError.exit_code) from error
+    except Exception as error:
+        if context.meta.get("debug"):
+            traceback.print_exc()
+        message, exit_code = failure(error)
+        _report(message)
+        raise click.exceptions.Exit(exit_code) from error
+
+
+def _report(message: str) -> None:
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+
+
+def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Callback of an option that is the same before and after the command's name."""
+    if value and parameter.name is not None:
+        context.meta[parameter.name] = True
+
+
+class CommandLine(click.Group):
+    """Errors are one line; every command has ``--quiet`` and ``--debug``."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add a command, with the options that all have."""
+        flags = (("-q", "--quiet", "Say nothing but the result."), ("--debug", "Show an error's traceback."))
+        for *names, text in flags:
+            cmd.params.append(click.Option(names, is_flag=True, expose_value=False, callback=remember, help=text))
+        super().add_command(cmd, name)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's own signature)
+        """In the order in which they are declared, which is the order in which people need them."""
+        return list(self.commands)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse what stands before the command's name."""
+        with _one_line_errors(ctx):
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Parse the command's arguments and run it."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to fail
+        with _one_line_errors(ctx):
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # a closed pipe shows here, not while Python shuts down
+            return result
+
+
+def say(text: str) -> None:
+    """A line for people, on standard error."""
+    if not quiet():
+        click.secho(text, err=True, dim=True)
+
+
+def quiet() -> bool:
+    """Whether the command that runs was given ``--quiet``."""
+    return bool(click.get_current_context().meta.get("quiet"))
+
+
+def failure(error: Exception) -> tuple[str, int]:
+    """The line and the exit code: 2 for what the caller can put right, 1 for the rest.
+
+    What is neither one of our errors nor the machine's (files, memory, a missing extra) is a bug, and said to be one.
+    """
+    if isinstance(error, LlavaDeployError):
+        return _line(str(error)), error.exit_code
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        module = error.name.partition(".")[0]
+        if module in _EXPORT_EXTRA:
+            return (
+                f"this needs {module}, which is not installed; install it with: pip install 'llava-deploy[export]'",
+                1,
+            )
+    if isinstance(error, MemoryError):
+        return "the machine has too little memory for this; try a smaller --max-len or --batch, or fp16", 1
+    if isinstance(error, OSError) and error.strerror is not None:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _line(f"{where}{error.strerror}"), 1
+    what = _line(f"{type(error).__name__}: {error}")
+    return f"{what} (a bug in llava-deploy: run it again with --debug, and report what that prints)", 1
+
+
+def _line(text: str) -> str:
+    return " ".join(text.splitlines())

@@ -1,0 +1,89 @@
+"""What ``inspect`` and ``verify`` found, as tables for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from llava_deploy.runtime.terminal import facts, picture_steps, prompt_form, size
+
+if TYPE_CHECKING:
+    from llava_deploy.exporter.verify import StageResult
+
+
+def checkpoint_table(description: Mapping[str, Any]) -> Table:
+    """What :func:`llava_deploy.exporter.inspect_report.describe` says of a checkpoint."""
+    config, tensors = description["config"], description["tensors"]
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in tensors["dtypes"].items())
+    files = [f"{file['path']} ({size(file['bytes'])})" for file in description["files"]]
+    rules = Counter(description["left_out"].values())
+    limit = config["tokenizer_model_max_length"]
+    return facts(
+        f"Checkpoint {description['directory']}",
+        [
+            ("layout", description["layout"]),
+            ("vision", _vision(config)),
+            ("projector", f"{config['projector']['kind']}, {' > '.join(map(str, config['projector']['sizes']))}"),
+            ("decoder", _decoder(config["decoder"])),
+            ("rope", _rope(config["decoder"]["rope"])),
+            (
+                "context",
+                f"{config['decoder']['max_position_embeddings']} tokens, {config['image_features']} a picture"
+                + ("" if limit is None else f"; prompts up to {limit}"),
+            ),
+            ("pictures", picture_steps(description["image"])),
+            ("prompts", prompt_form(description["chat"])),
+            ("tensors", f"{tensors['count']} ({dtypes}), {tensors['parameters']:,} parameters"),
+            ("files", "\n".join(files)),
+            ("left out", "\n".join(f"{count}: {rule}" for rule, count in rules.items()) if rules else "nothing"),
+            ("unused keys", ", ".join(description["unused_keys"]) if description["unused_keys"] else "none"),
+        ],
+    )
+
+
+def _vision(config: Mapping[str, Any]) -> str:
+    vision = config["vision"]
+    layers = ", ".join(map(str, config["feature_layers"]))
+    return (
+        f"{vision['model_type']}, {vision['num_hidden_layers']} layers of {vision['hidden_size']}, "
+        f"{vision['num_attention_heads']} heads, {vision['image_size']} px in patches of {vision['patch_size']}, "
+        f"{vision['hidden_act']}; features of layer {layers} ({config['feature_select']})"
+    )
+
+
+def _decoder(decoder: Mapping[str, Any]) -> str:
+    flags = ("attention_bias", "mlp_bias", "tie_word_embeddings")
+    return ", ".join(
+        [
+            f"{decoder['model_type']}, {decoder['num_hidden_layers']} layers of {decoder['hidden_size']}",
+            f"{decoder['num_attention_heads']} heads of {decoder['head_dim']}",
+            f"{decoder['num_key_value_heads']} of keys and values",
+            f"MLP {decoder['intermediate_size']} ({decoder['hidden_act']})",
+            f"vocabulary {decoder['vocab_size']}",
+            *(flag for flag in flags if decoder[flag]),
+        ]
+    )
+
+
+def _rope(rope: Mapping[str, Any]) -> str:
+    values = [f"{key} {value:g}" for key, value in rope.items() if key != "rope_type" and value is not None]
+    return ", ".join([rope["rope_type"], *values])
+
+
+def stage_table(stages: Iterable[StageResult]) -> Table:
+    """The comparison with PyTorch, a stage a line."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("stage")
+    for name in ("error", "tolerance"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("detail", style="dim")
+    table.add_column("", no_wrap=True)
+    for stage in stages:
+        mark = Text("ok", "green") if stage.ok else Text("out of tolerance", "bold red")
+        table.add_row(stage.name, f"{stage.error:.2g}", f"{stage.tolerance:.2g}", Text(stage.detail), mark)
+    return table
