@@ -86,9 +86,8 @@ class GraphSpec:
         fits = value.dtype == np.dtype(spec.dtype) and value.ndim == len(spec.shape)
         sizes: dict[str, int] = {}
         for want, got in zip(spec.shape, value.shape, strict=False):
-            if isinstance(want, str):
-                want = bound.get(want, sizes.setdefault(want, got))
-            fits = fits and want == got
+            size = bound.get(want, sizes.setdefault(want, got)) if isinstance(want, str) else want
+            fits = fits and size == got
         ranges = {d.name: d for d in self.dims}
         outside = [
             f"{n} in {ranges[n].min}..{ranges[n].max}"

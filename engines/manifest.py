@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -157,7 +158,7 @@ def read_manifest(bundle: Path) -> Manifest:
         )
     try:
         data = json.loads(where.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{where}: not JSON ({error}); export the bundle again") from error
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
@@ -167,7 +168,7 @@ def read_manifest(bundle: Path) -> Manifest:
         )
     try:
         manifest: Manifest = from_plain(Manifest, data, "manifest")
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise BundleError(f"{where}: {error}; export the bundle again") from error
     seen: set[str] = set()
     for entry in manifest.files:
@@ -205,34 +206,30 @@ def from_plain(want: Any, value: Any, where: str) -> Any:
     """
     origin, args = typing.get_origin(want), typing.get_args(want)
     if dataclasses.is_dataclass(want) and isinstance(want, type):
-        if not isinstance(value, dict):
-            raise TypeError(f"{where}: want an object, found {type(value).__name__}")
-        names = [f.name for f in dataclasses.fields(want)]
-        missing, unknown = [n for n in names if n not in value], sorted(set(value) - set(names))
-        if missing or unknown:
-            raise TypeError(f"{where}: missing {missing}, unknown {unknown}")
-        hints = typing.get_type_hints(want)
-        return want(**{n: from_plain(hints[n], value[n], f"{where}.{n}") for n in names})
-    if origin in (typing.Union, types.UnionType):
-        for option in args:
-            try:
-                return from_plain(option, value, where)
-            except TypeError:
-                continue
-    elif origin is Literal:
-        if value in args:
-            return value
-    elif origin is tuple and isinstance(value, list):
-        if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(from_plain(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-        if len(args) == len(value):
-            return tuple(from_plain(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+        return _instance(want, value, where)
+    if origin is tuple and isinstance(value, list):
+        kinds = args[:1] * len(value) if args[1:] == (Ellipsis,) else args
+        if len(kinds) == len(value):
+            return tuple(from_plain(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     elif origin is dict and isinstance(value, dict):
         return {from_plain(args[0], k, where): from_plain(args[1], v, f"{where}[{k!r}]") for k, v in value.items()}
-    elif want is type(None) and value is None:
-        return None
-    elif want is float and type(value) in (int, float):
-        return float(value)
-    elif type(value) is want:
+    elif origin in (typing.Union, types.UnionType):
+        for option in args:
+            with contextlib.suppress(TypeError):
+                return from_plain(option, value, where)
+    elif origin is Literal and value in args:
         return value
+    elif type(value) is want or (want is float and type(value) is int):
+        return want(value) if want is float else value
     raise TypeError(f"{where}: want {want}, found {value!r:.80}")
+
+
+def _instance(want: type, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise TypeError(f"{where}: want an object, found {type(value).__name__}")
+    names = [f.name for f in dataclasses.fields(want)]
+    missing, unknown = [n for n in names if n not in value], sorted(set(value) - set(names))
+    if missing or unknown:
+        raise TypeError(f"{where}: missing {missing}, unknown {unknown}")
+    hints = typing.get_type_hints(want)
+    return want(**{n: from_plain(hints[n], value[n], f"{where}.{n}") for n in names})
