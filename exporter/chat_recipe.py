@@ -22,6 +22,14 @@ ORIGINAL_PLACEHOLDER = "<image>"
 GENERATION_CONFIG = "generation_config.json"
 _DEFAULT_EOS = 2  # LlamaConfig's
 
+# What is read of generation_config.json, or says nothing about the tokens of an answer.
+_GENERATION_READ = frozenset(
+    """
+    _from_model_config bos_token_id eos_token_id output_attentions output_hidden_states pad_token_id stop_strings
+    transformers_version use_cache
+    """.split()
+)
+
 # Answers to a 'plain' prompt end with its separator (LLaVA, llava/conversation.py); the others end with EOS.
 _STOP_STRINGS: dict[Conversation, tuple[str, ...]] = {"plain": ("\n",)}
 
@@ -88,6 +96,15 @@ def _template(directory: Path) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     return template_in(directory / TOKENIZER_CONFIG)
+
+
+def unused_generation_keys(directory: Path) -> tuple[str, ...]:
+    """Sampling settings of ``generation_config.json``, which a caller of the runtime gives instead."""
+    path = directory / GENERATION_CONFIG
+    if not path.is_file():
+        return ()
+    settings = Fields(Fields.from_file(path).values, str(path), "generation_config.")
+    return settings.unused(_GENERATION_READ)
 
 
 def _stops(directory: Path, text: Fields, vocab_size: int) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.engines.manifest import ChatRecipe, ImageRecipe
 from llava_deploy.exporter import image_recipe
-from llava_deploy.exporter.chat_recipe import chat_recipe, require_conversation
+from llava_deploy.exporter.chat_recipe import chat_recipe, require_conversation, unused_generation_keys
 from llava_deploy.exporter.collect import Collector, Naming
 from llava_deploy.exporter.config import LlavaConfig
 from llava_deploy.exporter.graphs import resolved_feature_layers
@@ -115,7 +115,15 @@ def open_checkpoint(directory: Path, options: CheckpointOptions = NO_OPTIONS) ->
         chat=chat_recipe(directory, config, opened.text, tokenizer, conversation),
         tokenizer_json=tokenizer.data,
         left_out=MappingProxyType(dict(sorted(collector.left_out.items()))),
-        unused_keys=tuple(sorted({*opened.unused_keys, *image_recipe.unused_keys(opened.image)})),
+        unused_keys=tuple(
+            sorted(
+                {
+                    *opened.unused_keys,
+                    *image_recipe.unused_keys(opened.image),
+                    *unused_generation_keys(directory),
+                }
+            )
+        ),
     )
 
 

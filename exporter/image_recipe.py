@@ -29,7 +29,7 @@ _NO_EFFECT = frozenset(
     """
     _processor_class _valid_processor_keys auto_map data_format default_to_square device disable_grouping do_convert_rgb
     input_data_format processor_class return_tensors
-    """.split()  # noqa: SIM905 (a list of names reads better so)
+    """.split()
 )
 
 

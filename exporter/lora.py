@@ -32,7 +32,7 @@ _NO_EFFECT = frozenset(
     arrow_config auto_mapping base_model_name_or_path bias ensure_weight_tying eva_config exclude_modules fan_in_fan_out
     inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_dropout megatron_core
     modules_to_save peft_type peft_version qalora_group_size revision runtime_config target_modules task_type
-    """.split()  # noqa: SIM905 (a list of names reads better so)
+    """.split()
 )
 _PLAIN_INITS = (True, False, "gaussian", "eva")
 """Ways to start A and B that leave the base weight as it was; pissa, olora, corda and others change it."""
@@ -104,7 +104,7 @@ class MergedTensor:
         """The merged values."""
         dtype = require_dtype(self.base)
         up, down = (_wide(source) for source in (self.delta.up, self.delta.down))
-        merged = up @ down  # [out, in]
+        merged: np.ndarray = up @ down  # [out, in]
         merged *= np.float32(self.delta.scaling)
         if self.delta.is_embedding:
             merged = merged.T

@@ -35,31 +35,35 @@ _FROM_SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class TensorSource(Protocol):
-    """One tensor of a checkpoint.
-
-    Attributes:
-        name: canonical name, or the file's own where it has not been renamed.
-        key: the file's own name.
-        dtype: ``float32``, ``float16`` or ``bfloat16``; anything else is the file's word for it and cannot be read.
-        nbytes: size of its values.
-        origin: file and key, for messages.
-        files: the files that its values come from.
-    """
+    """One tensor of a checkpoint."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Canonical name, or the file's own where it has not been renamed."""
+
     @property
-    def key(self) -> str: ...
+    def key(self) -> str:
+        """The file's own name."""
+
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """``float32``, ``float16`` or ``bfloat16``; anything else is the file's word for it and cannot be read."""
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Sizes, outermost first."""
+
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+
     @property
-    def origin(self) -> str: ...
+    def origin(self) -> str:
+        """File and key, for messages."""
+
     @property
-    def files(self) -> tuple[Path, ...]: ...
+    def files(self) -> tuple[Path, ...]:
+        """The files that its values come from."""
 
     def read(self) -> np.ndarray:
         """The values, of ``shape``; bfloat16 as ``ml_dtypes.bfloat16``. Read-only, mapped from the file if it can be.
@@ -67,7 +71,6 @@ class TensorSource(Protocol):
         Raises:
             CheckpointError: the values are stored in a dtype that cannot be read.
         """
-        ...
 
 
 Source = TypeVar("Source", bound=TensorSource)

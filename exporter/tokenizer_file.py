@@ -1,7 +1,7 @@
 """A checkpoint's tokenizer as one ``tokenizer.json``, and what its other files add to it.
 
-transformers keeps part of a tokenizer beside ``tokenizer.json``: added tokens, and whether a text begins with the BOS
-token (``add_bos_token``). The runtime has only the one file, so both are put into it.
+transformers keeps part of a tokenizer beside it: added tokens, and, where there is only sentencepiece's model, what a
+text begins with. The runtime has only the one file, so all of it is put in there.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.exporter.layouts.fields import Fields, read_json
+from llava_deploy.exporter.sentencepiece_model import to_tokenizer
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
+_LEGACY = True  # LlamaTokenizer's default
 
 
 @dataclass(frozen=True)
@@ -44,25 +46,25 @@ def open_tokenizer(directory: Path) -> TokenizerFile:
     """Read ``tokenizer.json``, or convert sentencepiece's ``tokenizer.model``.
 
     Raises:
-        CheckpointError: neither is there, one is damaged, or the conversion's packages are not installed.
+        CheckpointError: neither is there, one is damaged, or the files do not belong together.
     """
-    path = directory / "tokenizer.json"
+    settings = tokenizer_settings(directory)
+    path, model = directory / "tokenizer.json", directory / "tokenizer.model"
     if path.is_file():
         data = path.read_bytes()
-    elif (directory / "tokenizer.model").is_file():
-        data = _converted(directory)
+        tokenizer = _parsed(data, path)
+        bos, eos = _specials(directory, settings, settings.peek("tokenizer_class") in _LLAMA_CLASSES)
+    elif model.is_file():
+        legacy = settings.get("legacy", bool, _LEGACY)
+        tokenizer = to_tokenizer(model, "every_segment" if legacy else "first_segment")
+        data = b""
+        bos, eos = _specials(directory, settings, True)
+        _add_ends(settings, tokenizer, bos, eos)
     else:
         raise CheckpointError(
             f"{directory}: want tokenizer.json or tokenizer.model, found neither; fetch the tokenizer's files as well"
         )
-    try:
-        tokenizer = Tokenizer.from_buffer(data)
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a tokenizer ({error}); fetch the file again") from error
-    settings = tokenizer_settings(directory)
-    bos, eos = (_special(directory, settings, f"{name}_token") for name in ("bos", "eos"))
-    changed = _add_tokens(directory, settings, tokenizer)
-    changed |= _settle_ends(settings, tokenizer, bos, eos)
+    changed = _add_tokens(directory, settings, tokenizer) or not path.is_file()
     changed |= tokenizer.truncation is not None or tokenizer.padding is not None
     if changed:
         tokenizer.no_truncation()
@@ -71,18 +73,11 @@ def open_tokenizer(directory: Path) -> TokenizerFile:
     return TokenizerFile(data, tokenizer, bos, eos)
 
 
-def _converted(directory: Path) -> bytes:
-    from transformers import AutoTokenizer
-
+def _parsed(data: bytes, path: Path) -> Tokenizer:
     try:
-        fast = AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True, trust_remote_code=False)
-        return fast.backend_tokenizer.to_str().encode()  # type: ignore[no-any-return]
-    except (ImportError, OSError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"{directory / 'tokenizer.model'}: cannot be converted to a tokenizer.json ({reason}); install "
-            "sentencepiece and protobuf, or put a tokenizer.json beside it"
-        ) from error
+        return Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path}: not a tokenizer ({error}); fetch the file again") from error
 
 
 def _content(value: Any) -> str | None:
@@ -90,14 +85,15 @@ def _content(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _special(directory: Path, settings: Fields, key: str) -> str | None:
-    found = _content(settings.peek(key))
+def _specials(directory: Path, settings: Fields, is_llama: bool) -> tuple[str | None, str | None]:
+    """Texts of BOS and EOS; ``LlamaTokenizer`` has its own where no file says anything."""
     path = directory / "special_tokens_map.json"
-    if found is None and path.is_file():
-        found = _content(read_json(path).get(key))
-    if found is None and not settings.has(key) and settings.peek("tokenizer_class") in _LLAMA_CLASSES:
-        return {"bos_token": "<s>", "eos_token": "</s>"}[key]
-    return found
+    beside = read_json(path) if path.is_file() else {}
+    found = []
+    for key, default in (("bos_token", "<s>"), ("eos_token", "</s>")):
+        text = _content(settings.peek(key)) or _content(beside.get(key))
+        found.append(default if text is None and is_llama else text)
+    return found[0], found[1]
 
 
 def _add_tokens(directory: Path, settings: Fields, tokenizer: Tokenizer) -> bool:
@@ -121,26 +117,18 @@ def _add_tokens(directory: Path, settings: Fields, tokenizer: Tokenizer) -> bool
     return bool(missing)
 
 
-def _settle_ends(settings: Fields, tokenizer: Tokenizer, bos: str | None, eos: str | None) -> bool:
-    """Make texts begin and end as ``add_bos_token`` and ``add_eos_token`` say, where they say anything.
-
-    As transformers' ``TokenizersBackend.update_post_processor``.
-    """
-    wants = {name: settings.optional(f"add_{name}_token", bool) for name in ("bos", "eos")}
-    now = tokenizer.encode("").ids
+def _add_ends(settings: Fields, tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
+    """Make texts begin with BOS and end with EOS as ``LlamaTokenizer`` does; a tokenizer.json says this itself."""
     first, last = (None if text is None else tokenizer.token_to_id(text) for text in (bos, eos))
-    has = {"bos": first is not None and now[:1] == [first], "eos": last is not None and now[-1:] == [last]}
-    want = {name: (has[name] if wants[name] is None else bool(wants[name])) for name in ("bos", "eos")}
-    want = {"bos": want["bos"] and first is not None, "eos": want["eos"] and last is not None}
-    if want == has:
-        return False
-    parts = [f"{bos}:0"] * want["bos"] + ["$A:0"] + [f"{eos}:0"] * want["eos"]
-    pair = [f"{bos}:1"] * want["bos"] + ["$B:1"] + [f"{eos}:1"] * want["eos"]
-    named = [(bos, first)] * want["bos"] + [(eos, last)] * want["eos"]
+    front = settings.get("add_bos_token", bool, True) and first is not None
+    back = settings.get("add_eos_token", bool, False) and last is not None
+    single = [f"{bos}:0"] * front + ["$A:0"] + [f"{eos}:0"] * back
+    pair = [*single, *[f"{bos}:1"] * front, "$B:1", *[f"{eos}:1"] * back]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=" ".join(parts), pair=" ".join(parts + pair), special_tokens=named
+        single=" ".join(single),
+        pair=" ".join(pair),
+        special_tokens=[(bos, first)] * front + [(eos, last)] * back,
     )
-    return True
 
 
 def placeholder_of(directory: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,14 +65,14 @@ class Fields:
         """The value of type ``kind``, None if absent.
 
         Raises:
-            CheckpointError: a value of another type; an int passes for a float.
+            CheckpointError: a value of another type, or not finite; an int passes for a float.
         """
         value = self.peek(key)
         if value is None:
             return None
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind:
+        if type(value) is not kind or (kind is float and not math.isfinite(value)):
             raise self.error(key, f"want {kind.__name__}", "correct the file")
         return value  # type: ignore[no-any-return]
 
@@ -121,7 +122,7 @@ class Fields:
 
     def unused(self, no_effect: Collection[str]) -> tuple[str, ...]:
         """Dotted keys, here and in children, that hold something, were not read, and are not in ``no_effect``."""
-        empty = (None, False, [], {}, "")
+        empty: tuple[Any, ...] = (None, False, [], {}, "")
         left = [k for k, v in self.values.items() if k not in self._read and k not in no_effect and v not in empty]
         below = [key for child in self._children.values() for key in child.unused(no_effect)]
         return tuple(sorted([*(f"{self.prefix}{key}" for key in left), *below]))

@@ -67,7 +67,9 @@ def parse(fields: Fields, vision: VisionConfig) -> LlavaConfig:
         feature_select="patch" if select == "patch" else "cls_patch",
         image_token_id=None,
         image_aspect_ratio="pad" if aspect == "pad" else None,
-        tokenizer_model_max_length=fields.optional("tokenizer_model_max_length", int),
+        tokenizer_model_max_length=(
+            fields.positive("tokenizer_model_max_length", 1) if fields.has("tokenizer_model_max_length") else None
+        ),
         tokenizer_padding_side="left" if padding == "left" else "right",
     )
 

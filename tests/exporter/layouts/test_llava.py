@@ -15,10 +15,69 @@ from transformers import CLIPConfig, CLIPModel, LlamaConfig
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.exporter.checkpoint import Checkpoint, CheckpointOptions, open_checkpoint
+from llava_deploy.exporter.image_recipe import image_recipe
 from llava_deploy.exporter.layouts import llava
+from llava_deploy.exporter.layouts.fields import Fields
+from llava_deploy.exporter.tower_source import find_tower
 from llava_deploy.exporter.weights import expected_tensors
 
 CONFIG = "config.json"
+
+
+# config.json of the published LLaVA-1.5 7B.
+PUBLISHED = {
+    "_name_or_path": "llava-v1.5-7b",
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "freeze_mm_mlp_adapter": False,
+    "freeze_mm_vision_resampler": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "image_aspect_ratio": "pad",
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_length": 4096,
+    "max_position_embeddings": 4096,
+    "mm_hidden_size": 1024,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_resampler_type": None,
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "model_type": "llava",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pad_token_id": 0,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0",
+    "tune_mm_mlp_adapter": False,
+    "tune_mm_vision_resampler": False,
+    "unfreeze_mm_vision_tower": False,
+    "use_cache": True,
+    "use_mm_proj": True,
+    "vocab_size": 32000,
+}
+
+
+def test_published() -> None:
+    fields = Fields(PUBLISHED, "config.json")
+    tower = find_tower(fields, None, (), is_inside=True)
+    config = llava.parse(fields, tower.vision)
+    assert fields.unused(llava.NO_EFFECT) == ()
+    assert (config.vision.hidden_size, config.vision.num_attention_heads, config.vision.patches) == (1024, 16, 576)
+    assert config.projector.sizes == (1024, 4096, 4096)
+    assert config.projector.kind == "mlp2x_gelu"
+    assert config.image_features == 576
+    assert tower.image is not None
+    assert image_recipe(tower.image, 336, True).pad_color == (122, 116, 104)
 
 
 def assert_holds(checkpoint: Checkpoint, want: dict[str, torch.Tensor]) -> None:
