@@ -72,7 +72,7 @@ class Fields:
             return None
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
             raise self.error(key, f"want {kind.__name__}", "correct the file")
         return value  # type: ignore[no-any-return]
 

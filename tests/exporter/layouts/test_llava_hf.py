@@ -193,6 +193,7 @@ REFUSED = [
     ("text_config.hidden_size", 4097),
     ("text_config.hidden_size", "4096"),
     ("text_config.hidden_size", True),
+    ("text_config.rms_norm_eps", float("nan")),
     ("text_config.head_dim", 31),
     ("text_config.num_key_value_heads", 5),
     ("text_config.hidden_act", "relu2"),
