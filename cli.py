@@ -135,7 +135,7 @@ def _picture(source: str) -> str | bytes:
     return sys.stdin.buffer.read() if source == "-" else source
 
 
-@click.group(None, CommandLine, epilog=_examples("demo", "run --help"))
+@click.group(_PROGRAM, CommandLine, epilog=_examples("demo", "run --help"))
 @click.version_option(package_name=_PROGRAM, prog_name=_PROGRAM)
 @click.option("--debug", is_flag=True, expose_value=False, callback=remember, help="Show an error's traceback.")
 def main() -> None:
@@ -178,11 +178,12 @@ def export(source: _Source, output: Path, precision: Literal["fp32", "fp16"], fo
     That is a directory with two ONNX graphs, the token embeddings, the tokenizer and a manifest, all of one piece: it
     is there when it is whole, or not at all.
     """
-    from llava_deploy.exporter.export import export as write
     from llava_deploy.runtime import terminal
 
     watch = terminal.Stopwatch()
     with terminal.progress("exporting", quiet=quiet()) as step:
+        from llava_deploy.exporter.export import export as write
+
         manifest = write(
             source.open(), output, precision, replace=force, on_progress=lambda at: step(at.done, at.total)
         )
@@ -246,10 +247,8 @@ def chat(bundle: Path, images: tuple[str, ...], answering: _Answering) -> None:
 
     options = answering.options()
     llava = answering.load(bundle)
-    conversation = Conversation(llava, options)
-    for image in images:
-        conversation.show(image)
-    converse(conversation, standard_terminal(llava.max_len, say))
+    pictures = [_picture(image) for image in images]
+    converse(Conversation(llava, options), standard_terminal(llava.max_len, say), pictures)
 
 
 @main.command("eval", epilog=_examples("eval bundle", "eval bundle --data questions.jsonl --json"))
@@ -312,7 +311,6 @@ def verify(
     from llava_deploy.engines.manifest import read_manifest
     from llava_deploy.exporter.demo.questions import drawn_picture
     from llava_deploy.exporter.tables import stage_table
-    from llava_deploy.exporter.verify import verify as compare
     from llava_deploy.runtime import terminal
     from llava_deploy.runtime.terminal_run import Request, Template, prompt_of
 
@@ -320,6 +318,8 @@ def verify(
     request = Request(prompt, [picture], Template.RAW if raw else Template.MODEL)
     text = prompt_of(request, read_manifest(bundle).chat)
     with terminal.progress("comparing with PyTorch", quiet=quiet()):
+        from llava_deploy.exporter.verify import verify as compare
+
         report = compare(source.open(), bundle, prompt=text, picture=picture, max_new_tokens=max_new_tokens)
     terminal.show(report.to_dict() if as_json else stage_table(report.stages))
     if report.first_failure is not None:
@@ -335,8 +335,10 @@ def demo(output: Path, seed: int) -> None:
     Export, build, questions about pictures drawn on the spot, the comparison with PyTorch, and timings.
     """
     from llava_deploy.engines.errors import LlavaDeployError
-    from llava_deploy.exporter.demo.showcase import showcase
     from llava_deploy.runtime import terminal
+
+    with terminal.progress("loading PyTorch", quiet=quiet()):
+        from llava_deploy.exporter.demo.showcase import showcase
 
     if problems := showcase(output, seed, terminal.out()):
         raise LlavaDeployError("; ".join(problems))

@@ -187,6 +187,14 @@ def thumbnail(picture: Image.Image) -> list[Text]:
     return lines
 
 
+def print_thumbnail(picture: Image.Image) -> None:
+    """On standard output, where that can show it."""
+    console = out()
+    if shows_pictures(console):
+        for line in thumbnail(picture):
+            console.print(line)
+
+
 def shows_pictures(console: Console) -> bool:
     """Whether :func:`thumbnail` is worth showing there: a terminal with 256 colours or more that knows the blocks."""
     utf8 = console.encoding.lower().startswith("utf")

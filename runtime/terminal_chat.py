@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from llava_deploy.runtime.pictures import PictureSource, load_picture
 from llava_deploy.runtime.terminal_run import AnswerOptions, closing_notes, write_text
 
 HELP = """\
-/image PATH   show a picture with the next question (several paths, or several times, for several pictures)
+/image PATH   add a picture to the next question; several paths add several
 /reset        forget the conversation and its pictures
-/help         this list
+/help         show this
 /quit         leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
@@ -85,6 +85,7 @@ class Terminal:
         read: the next line without its end, ``None`` when there are no more; ``KeyboardInterrupt`` drops the line.
         write: a part of an answer.
         note: a line that is no part of an answer.
+        picture: shows a picture that was taken in.
         finish: ends an answer; gets its last piece, or ``None`` where it was stopped.
         lasting: whether someone sits there to try again after an error.
     """
@@ -92,16 +93,19 @@ class Terminal:
     read: Callable[[], str | None]
     write: Callable[[str], None]
     note: Callable[[str], None]
+    picture: Callable[[Image.Image], None]
     finish: Callable[[Piece | None], None]
     lasting: bool
 
 
-def converse(conversation: Conversation, terminal: Terminal) -> None:
-    """Take lines until there are no more, or until ``/quit``.
+def converse(conversation: Conversation, terminal: Terminal, pictures: Sequence[PictureSource] = ()) -> None:
+    """Take lines until there are no more, or until ``/quit``; ``pictures`` go with the first question.
 
     Raises:
         LlavaDeployError: where ``terminal.lasting`` is false; else errors in pictures and prompts become notes.
     """
+    for picture in pictures:
+        terminal.picture(conversation.show(picture))
     while True:
         try:
             line = terminal.read()
@@ -125,6 +129,7 @@ def _take(line: str, conversation: Conversation, terminal: Terminal) -> None:
     if command == "/image":
         for path in _paths(rest.strip()):
             picture = conversation.show(path)
+            terminal.picture(picture)
             terminal.note(f"{path}: {picture.width} x {picture.height} pixels, goes with the next question")
     elif command == "/reset":
         conversation.reset()
@@ -188,10 +193,20 @@ def standard_terminal(max_len: int, say: Callable[[str], None]) -> Terminal:
                 return input("> ")
             line = sys.stdin.readline()
         except EOFError:
+            write_text("\n")
             return None
+        except KeyboardInterrupt:
+            write_text("\n")
+            raise
         except UnicodeDecodeError as error:
             raise PromptError(f"standard input: want UTF-8 text, found bytes that are not ({error})") from error
         return line.rstrip("\n") if line else None
+
+    def picture(taken: Image.Image) -> None:
+        if lasting and sys.stdout.isatty():
+            from llava_deploy.runtime.terminal import print_thumbnail
+
+            print_thumbnail(taken)
 
     def finish(last: Piece | None) -> None:
         write_text("\n")
@@ -199,4 +214,4 @@ def standard_terminal(max_len: int, say: Callable[[str], None]) -> Terminal:
             for note in closing_notes(last.finish_reason, last.timings, max_len):
                 say(note)
 
-    return Terminal(read, write_text, say, finish, lasting)
+    return Terminal(read, write_text, say, picture, finish, lasting)

@@ -12,6 +12,7 @@ from enum import Enum
 from llava_deploy.engines.errors import BackendError
 from llava_deploy.engines.manifest import ChatRecipe
 from llava_deploy.runtime.answers import Answer, FinishReason, Timings
+from llava_deploy.runtime.generation import GenerationLimits
 from llava_deploy.runtime.llava import Llava
 from llava_deploy.runtime.pictures import PictureSource
 from llava_deploy.runtime.prompt import render_chat
@@ -34,11 +35,18 @@ class Output(Enum):
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """How an answer is made; see :meth:`Llava.generate`."""
+    """How an answer is made; see :meth:`Llava.generate`.
+
+    Raises:
+        InputError: ``max_new_tokens`` below 1, here and not only when the model is loaded.
+    """
 
     max_new_tokens: int
     sampling: SamplingOptions
     stop: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        GenerationLimits(self.max_new_tokens, frozenset())
 
 
 @dataclass(frozen=True)
