@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from llava_deploy.engines.command_group import CommandLine, quiet, remember, say
+from llava_deploy.engines.command_group import PROGRAM, CommandLine, examples, options_as_one, quiet, remember, say
 
 if TYPE_CHECKING:
     from llava_deploy.exporter.checkpoint import Checkpoint
     from llava_deploy.runtime import Llava
     from llava_deploy.runtime.terminal_run import AnswerOptions
-
-_PROGRAM = "llava-deploy"
-
-
-def _examples(*lines: str) -> str:
-    r"""End of a command's help; click leaves the lines after ``\b`` as they are."""
-    return "\b\nExample:\n" + "\n".join(f"  {_PROGRAM} {line}" for line in lines)
 
 
 @dataclass(frozen=True)
@@ -77,29 +68,8 @@ def _load(bundle: Path, max_len: int | None, threads: int | None) -> Llava:
     return llava
 
 
-_Command = Callable[..., None]
-
-
-def _as_one(name: str, kind: type[Any], *options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
-    """Several options that a command gets as one argument, ``name``, of the dataclass ``kind``."""
-    fields = [field.name for field in dataclasses.fields(kind)]
-
-    def decorate(command: _Command) -> _Command:
-        @functools.wraps(command)
-        def gathering(**values: Any) -> None:
-            gathered = kind(**{field: values.pop(field) for field in fields})
-            command(**values, **{name: gathered})
-
-        decorated: _Command = gathering
-        for option in reversed(options):
-            decorated = option(decorated)
-        return decorated
-
-    return decorate
-
-
 _path = click.Path(path_type=Path)
-_source = _as_one(
+_source = options_as_one(
     "source",
     _Source,
     click.argument("directory", type=_path, metavar="CHECKPOINT"),
@@ -110,7 +80,7 @@ _source = _as_one(
         "--conversation", metavar="NAME", help="Instead of its template: vicuna_v1, llama_2, mistral or plain."
     ),
 )
-_answering = _as_one(
+_answering = options_as_one(
     "answering",
     _Answering,
     click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Longest answer."),
@@ -135,8 +105,8 @@ def _picture(source: str) -> str | bytes:
     return sys.stdin.buffer.read() if source == "-" else source
 
 
-@click.group(_PROGRAM, CommandLine, epilog=_examples("demo", "run --help"))
-@click.version_option(package_name=_PROGRAM, prog_name=_PROGRAM)
+@click.group(PROGRAM, CommandLine, epilog=examples("demo", "run --help"))
+@click.version_option(package_name=PROGRAM, prog_name=PROGRAM)
 @click.option("--debug", is_flag=True, expose_value=False, callback=remember, help="Show an error's traceback.")
 def main() -> None:
     """Take a LLaVA checkpoint to a running answer.
@@ -145,7 +115,7 @@ def main() -> None:
     """
 
 
-@main.command(epilog=_examples("inspect llava-1.5-7b-hf", "inspect bundle --json"))
+@main.command(epilog=examples("inspect llava-1.5-7b-hf", "inspect bundle --json"))
 @_source
 @_json
 def inspect(source: _Source, as_json: bool) -> None:
@@ -167,7 +137,7 @@ def inspect(source: _Source, as_json: bool) -> None:
     terminal.show(description if as_json else checkpoint_table(description))
 
 
-@main.command(epilog=_examples("export llava-1.5-7b-hf -o bundle --precision fp16"))
+@main.command(epilog=examples("export llava-1.5-7b-hf -o bundle --precision fp16"))
 @_source
 @click.option("-o", "--output", type=_path, required=True, metavar="BUNDLE", help="Directory to write.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
@@ -189,11 +159,11 @@ def export(source: _Source, output: Path, precision: Literal["fp32", "fp16"], fo
         )
     total = terminal.size(sum(entry.size for entry in manifest.files))
     say(f"{manifest.model.parameters:,} parameters in {precision}, {total}, in {watch}")
-    say(f"next: {_PROGRAM} build {output} --backend onnxruntime")
+    say(f"next: {PROGRAM} build {output} --backend onnxruntime")
     click.echo(output)
 
 
-@main.command(epilog=_examples("build bundle --backend onnxruntime"))
+@main.command(epilog=examples("build bundle --backend onnxruntime"))
 @_bundle
 @click.option("--backend", type=click.Choice(["onnxruntime"]), default="onnxruntime", show_default=True)
 @click.option("--force", is_flag=True, help="Build again what is there already.")
@@ -206,12 +176,12 @@ def build(bundle: Path, backend: str, force: bool) -> None:
     with terminal.progress("building", quiet=quiet()):
         engine = build_onnxruntime(bundle, replace=force)
     say(f"built for {backend} in {watch}")
-    say(f"next: {_PROGRAM} chat {bundle} --image PICTURE")
+    say(f"next: {PROGRAM} chat {bundle} --image PICTURE")
     click.echo(engine)
 
 
 @main.command(
-    epilog=_examples(
+    epilog=examples(
         "run bundle --image photo.jpg --prompt 'What is this?'",
         "run bundle --image photo.jpg --raw --prompt 'USER: <image> What is this? ASSISTANT:'",
     )
@@ -234,7 +204,7 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, raw: bool, as_json: 
     run_request(answering.load(bundle), request, options, Output.JSON if as_json else Output.TEXT, say)
 
 
-@main.command(epilog=_examples("chat bundle --image photo.jpg"))
+@main.command(epilog=examples("chat bundle --image photo.jpg"))
 @_bundle
 @_images
 @_answering
@@ -251,7 +221,7 @@ def chat(bundle: Path, images: tuple[str, ...], answering: _Answering) -> None:
     converse(Conversation(llava, options), standard_terminal(llava.max_len, say), pictures)
 
 
-@main.command("eval", epilog=_examples("eval bundle", "eval bundle --data questions.jsonl --json"))
+@main.command("eval", epilog=examples("eval bundle", "eval bundle --data questions.jsonl --json"))
 @_bundle
 @click.option("--data", type=_path, metavar="FILE", help='JSON lines {"image", "question", "answer"[, "kind"]}.')
 @click.option("--per-kind", type=int, default=100, show_default=True, help="Drawn questions of each kind.")
@@ -291,7 +261,7 @@ def evaluate(
     say(f"{len(questions)} questions in {terminal.seconds(report.seconds)}; --json lists the wrong answers")
 
 
-@main.command(epilog=_examples("verify llava-1.5-7b-hf bundle", "verify checkpoint bundle --image photo.jpg --json"))
+@main.command(epilog=examples("verify llava-1.5-7b-hf bundle", "verify checkpoint bundle --image photo.jpg --json"))
 @_source
 @_bundle
 @click.option("--image", metavar="PICTURE", help="By default one that is drawn.")
@@ -326,7 +296,7 @@ def verify(
         raise LlavaDeployError(f"{report.first_failure} is the first stage out of tolerance")
 
 
-@main.command(epilog=_examples("demo", "demo -o elsewhere --seed 7"))
+@main.command(epilog=examples("demo", "demo -o elsewhere --seed 7"))
 @click.option("-o", "--output", type=_path, default=Path("demo-output"), show_default=True, metavar="DIR")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the drawn pictures.")
 def demo(output: Path, seed: int) -> None:
@@ -344,11 +314,11 @@ def demo(output: Path, seed: int) -> None:
         raise LlavaDeployError("; ".join(problems))
 
 
-@main.command(epilog=_examples("completion bash >> ~/.bashrc"))
+@main.command(epilog=examples("completion bash >> ~/.bashrc"))
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the completion script of a shell."""
     from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
     kind = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}[shell]
-    click.echo(kind(main, {}, _PROGRAM, f"_{_PROGRAM}_COMPLETE".replace("-", "_").upper()).source())
+    click.echo(kind(main, {}, PROGRAM, f"_{PROGRAM}_COMPLETE".replace("-", "_").upper()).source())

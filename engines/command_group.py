@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import io
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
 from llava_deploy.engines.errors import InputError, LlavaDeployError
 
+PROGRAM = "llava-deploy"
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+Command = Callable[..., None]
 _EXPORT_EXTRA = {"ml_dtypes", "onnx", "onnx_ir", "onnxscript", "polygraphy", "safetensors", "torch", "transformers"}
 
 
@@ -116,3 +120,26 @@ def failure(error: Exception) -> tuple[str, int]:
 
 def _line(text: str) -> str:
     return " ".join(text.splitlines())
+
+
+def examples(*lines: str) -> str:
+    r"""End of a command's help; click leaves the lines after ``\b`` as they are."""
+    return "\b\nExample:\n" + "\n".join(f"  {PROGRAM} {line}" for line in lines)
+
+
+def options_as_one(name: str, kind: type[Any], *options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options that a command gets as one argument, ``name``, of the dataclass ``kind``."""
+    fields = [field.name for field in dataclasses.fields(kind)]
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def gathering(**values: Any) -> None:
+            gathered = kind(**{field: values.pop(field) for field in fields})
+            command(**values, **{name: gathered})
+
+        decorated: Command = gathering
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate

@@ -1,12 +1,15 @@
-"""The shipped checkpoint and the bundles made of it, once a session."""
+"""The shipped checkpoint and the bundles made of it, once a session, and the command line to call."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
+from llava_deploy.cli import main
 from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
 from llava_deploy.exporter.checkpoint import open_checkpoint
 from llava_deploy.exporter.demo import scenes
@@ -40,3 +43,23 @@ def demo_bundle_fp16(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
 def child_environment() -> dict[str, str]:
     """For processes that tests start: one thread, and no colour."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+
+
+@pytest.fixture
+def invoke() -> Callable[..., Result]:
+    """Call ``llava-deploy`` in this process; ``stdin`` is its standard input."""
+    runner = CliRunner()
+    return lambda *args, stdin=None: runner.invoke(main, [str(arg) for arg in args], input=stdin)
+
+
+@pytest.fixture
+def error_line() -> Callable[[Result], str]:
+    """The one line on standard error, which must be all of it."""
+
+    def only_line(result: Result) -> str:
+        lines = [line for line in result.stderr.splitlines() if line]
+        assert len(lines) == 1, result.stderr
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return only_line

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from llava_deploy.cli import main
 from llava_deploy.exporter.demo.scenes import Example, Split, examples
@@ -21,12 +21,7 @@ COMMANDS = ("inspect", "export", "build", "run", "chat", "eval", "verify", "demo
 PROGRAM = [sys.executable, "-c", "from llava_deploy.cli import main; main(prog_name='llava-deploy')"]
 
 Invoke = Callable[..., Result]
-
-
-@pytest.fixture
-def invoke() -> Invoke:
-    runner = CliRunner()
-    return lambda *args, stdin=None: runner.invoke(main, [str(arg) for arg in args], input=stdin)
+ErrorLine = Callable[[Result], str]
 
 
 @pytest.fixture(scope="session")
@@ -35,14 +30,6 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Example]:
     path = tmp_path_factory.mktemp("pictures") / "a picture.png"
     drawn.picture.save(path)
     return path, drawn
-
-
-def error_line(result: Result) -> str:
-    """The one line on standard error, which must be all of it."""
-    lines = [line for line in result.stderr.splitlines() if line]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 def test_every_command_is_listed_and_ends_its_help_with_an_example(invoke: Invoke) -> None:
@@ -147,106 +134,6 @@ def test_sampling_with_a_seed_repeats_itself(invoke: Invoke, demo_bundle: Path) 
     assert first == again != other
 
 
-@pytest.mark.parametrize(
-    ("arguments", "exit_code", "said"),
-    [
-        (["rum"], 2, "No such command 'rum'"),
-        (["--nope"], 2, "No such option '--nope'"),
-        (["run", "BUNDLE"], 2, "Missing option '--prompt'. See: llava-deploy run --help"),
-        (["run", "BUNDLE", "--prompt", "x", "--top-k", "y"], 2, "'y' is not a valid integer"),
-        (["run", "BUNDLE", "--prompt", "x", "--temperature", "-1"], 2, "temperature: want"),
-        (["run", "BUNDLE", "--prompt", "x", "--max-new-tokens", "0"], 2, "max_new_tokens: want"),
-        (["run", "BUNDLE", "--prompt", "x", "--max-len", "9999999", "-q"], 2, "max_len: want"),
-        (["run", "BUNDLE", "--prompt", "x", "--image", "nowhere.png", "-q"], 2, "nowhere.png"),
-        (["run", "BUNDLE", "--prompt", "<image>", "-q"], 2, "placeholder"),
-        (["run", "nowhere", "--prompt", "x"], 2, "llava-deploy export"),
-        (["build", "nowhere"], 2, "llava-deploy export"),
-        (["inspect", "nowhere"], 2, "config.json"),
-        (["export", "nowhere", "-o", "out"], 2, "config.json"),
-        (["export", "CHECKPOINT", "-o", "BUNDLE"], 2, "--force"),
-        (["export", "CHECKPOINT", "-o", "out", "--precision", "fp8"], 2, "'fp32', 'fp16'"),
-        (["export", "CHECKPOINT", "-o", "out", "--conversation", "klingon"], 2, "vicuna_v1"),
-        (["eval", "BUNDLE", "--per-kind", "0"], 2, "per-kind: want"),
-        (["eval", "BUNDLE", "--data", "nowhere.jsonl"], 2, "nowhere.jsonl"),
-        (["completion", "tcsh"], 2, "'bash', 'zsh', 'fish'"),
-    ],
-)
-def test_errors_are_one_line(
-    arguments: list[str], exit_code: int, said: str, invoke: Invoke, demo_bundle: Path, demo_checkpoint: Path
-) -> None:
-    places = {"BUNDLE": str(demo_bundle), "CHECKPOINT": str(demo_checkpoint)}
-    result = invoke(*(places.get(argument, argument) for argument in arguments))
-    assert result.exit_code == exit_code
-    assert said in error_line(result)
-    assert result.stdout == ""
-
-
-@pytest.mark.parametrize("arguments", [["--debug", "build", "nowhere"], ["build", "nowhere", "--debug"]])
-def test_debug_shows_the_traceback(arguments: list[str], invoke: Invoke) -> None:
-    result = invoke(*arguments)
-    assert result.exit_code == 2
-    assert "Traceback (most recent call last)" in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: nowhere")
-
-
-@pytest.mark.parametrize(
-    ("raised", "exit_code", "said"),
-    [
-        (
-            RuntimeError("two\nlines"),
-            1,
-            "error: RuntimeError: two lines (a bug in llava-deploy: run it again with --debug",
-        ),
-        (MemoryError(), 1, "too little memory"),
-        (PermissionError(13, "Permission denied", "there"), 1, "error: there: Permission denied"),
-        (ModuleNotFoundError("No module named 'torch'", name="torch"), 1, "pip install 'llava-deploy[export]'"),
-        (ModuleNotFoundError("No module named 'x'", name="x"), 1, "a bug in llava-deploy"),
-    ],
-)
-def test_what_goes_wrong_inside_is_one_line(
-    raised: Exception, exit_code: int, said: str, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise raised
-
-    monkeypatch.setattr(Llava, "load", fail)
-    result = invoke("run", "bundle", "--prompt", "x")
-    assert result.exit_code == exit_code
-    assert said in error_line(result)
-
-
-def test_ctrl_c_exits_130(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Llava, "load", interrupt)
-    result = invoke("run", "bundle", "--prompt", "x")
-    assert (result.exit_code, result.stderr.strip()) == (130, "")
-
-
-def test_a_missing_extra_is_named(demo_checkpoint: Path, child_environment: dict[str, str]) -> None:
-    arguments = ["export", str(demo_checkpoint), "-o", "never"]
-    code = f"import sys; sys.modules['onnx_ir'] = None\nfrom llava_deploy.cli import main; main({arguments!r})"
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=child_environment
-    )
-    assert found.returncode == 1
-    wanted = "error: this needs onnx_ir, which is not installed; install it with: pip install 'llava-deploy[export]'\n"
-    assert found.stderr == wanted
-
-
-def test_a_closed_pipe_is_quiet(demo_bundle: Path, child_environment: dict[str, str]) -> None:
-    arguments = ["run", str(demo_bundle), "-q", "--prompt", "Hello"]
-    process = subprocess.Popen(
-        [*PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=child_environment
-    )
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.stderr is not None
-    assert process.stderr.read() == b""
-    assert process.wait() != 0
-
-
 def test_inspect_a_bundle(invoke: Invoke, demo_bundle: Path) -> None:
     table = invoke("inspect", demo_bundle).stdout
     assert "clip_vision_model" in table
@@ -296,7 +183,7 @@ def test_verify_passes(invoke: Invoke, demo_checkpoint: Path, demo_bundle: Path)
 
 
 def test_verify_names_the_first_stage_that_differs(
-    invoke: Invoke, demo_checkpoint: Path, demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    invoke: Invoke, error_line: ErrorLine, demo_checkpoint: Path, demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = tuple(
         StageResult(name, "decoder", error, error, 1e-4, "detail")
@@ -322,7 +209,7 @@ def test_chat_over_a_pipe(invoke: Invoke, demo_bundle: Path, example: tuple[Path
     assert result.stderr == ""
 
 
-def test_chat_over_a_pipe_ends_at_an_error(invoke: Invoke, demo_bundle: Path) -> None:
+def test_chat_over_a_pipe_ends_at_an_error(invoke: Invoke, error_line: ErrorLine, demo_bundle: Path) -> None:
     result = invoke("chat", demo_bundle, "-q", stdin="/image nowhere.png\nnever asked\n")
     assert result.exit_code == 2
     assert "nowhere.png" in error_line(result)

@@ -6,7 +6,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import CLIPImageProcessor
+
+try:
+    from transformers import CLIPImageProcessorPil as CLIPImageProcessor
+except ImportError:  # before transformers 5 there is only this name; since then it asks for torchvision first
+    from transformers import CLIPImageProcessor
 
 from llava_deploy.engines.manifest import ImageRecipe
 

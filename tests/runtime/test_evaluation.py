@@ -133,7 +133,7 @@ def test_drawn_questions_are_balanced_and_the_same_again() -> None:
 
 
 def test_the_shipped_model_is_right_and_needs_the_picture(demo_bundle: Path) -> None:
-    llava = Llava.load(demo_bundle)
+    llava = Llava.load(demo_bundle, threads=1)
     asked = drawn_questions(30, 0)
     seen = evaluate(llava, asked, EvalOptions(batch=20))
     assert {kind: score.accuracy for kind, score in seen.kinds.items() if score.accuracy < 0.9} == {}
