@@ -12,18 +12,18 @@ from types import MappingProxyType
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.engines.manifest import ChatRecipe, ImageRecipe
-from llava_deploy.exporter import image_recipe
-from llava_deploy.exporter.chat_recipe import chat_recipe, require_conversation, unused_generation_keys
-from llava_deploy.exporter.collect import Collector, Naming
 from llava_deploy.exporter.config import LlavaConfig
-from llava_deploy.exporter.graphs import resolved_feature_layers
+from llava_deploy.exporter.halves import resolved_feature_layers
 from llava_deploy.exporter.layouts import clip, llama, llava, llava_hf
 from llava_deploy.exporter.layouts.fields import Fields
-from llava_deploy.exporter.lora import Adapter, non_lora_name, open_adapter
-from llava_deploy.exporter.tensors import TensorSource, open_file
-from llava_deploy.exporter.tokenizer_file import open_tokenizer
-from llava_deploy.exporter.tower_source import find_tower
-from llava_deploy.exporter.weight_files import open_weights
+from llava_deploy.exporter.recipes import image_recipe
+from llava_deploy.exporter.recipes.chat_recipe import chat_recipe, require_conversation, unused_generation_keys
+from llava_deploy.exporter.recipes.tokenizer_file import open_tokenizer
+from llava_deploy.exporter.sources.collect import Collector, Naming
+from llava_deploy.exporter.sources.lora import Adapter, non_lora_name, open_adapter
+from llava_deploy.exporter.sources.tensors import TensorSource, open_file
+from llava_deploy.exporter.sources.tower_source import find_tower
+from llava_deploy.exporter.sources.weight_files import open_weights
 from llava_deploy.exporter.weights import expected_tensors
 
 CONFIG = "config.json"

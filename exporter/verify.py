@@ -21,11 +21,12 @@ from llava_deploy.engines.contract import HIDDEN_STATES, hidden_state_name, past
 from llava_deploy.engines.errors import InputError
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, ImageRecipe, Manifest
 from llava_deploy.exporter.checkpoint import Checkpoint
-from llava_deploy.exporter.graphs import TOWER_FEATURES, decoder_shape, vision_shape
+from llava_deploy.exporter.graphs import decoder_shape, vision_shape
+from llava_deploy.exporter.halves import TOWER_FEATURES
 from llava_deploy.exporter.reference.pixels import reference_pixels
 from llava_deploy.exporter.reference.splice import SpliceOptions
 from llava_deploy.exporter.reference.splice import splice as reference_splice
-from llava_deploy.exporter.torch_model import TorchLlava, load_torch
+from llava_deploy.exporter.reference.torch_model import TorchLlava, load_torch
 from llava_deploy.runtime import Llava
 from llava_deploy.runtime.backend import step_mask, step_positions
 from llava_deploy.runtime.generation import prefill

@@ -14,10 +14,10 @@ import onnx_ir as ir
 
 from llava_deploy.engines.errors import CheckpointError, LlavaDeployError
 from llava_deploy.exporter.config import LlavaConfig
-from llava_deploy.exporter.graphs import decoder_modules, vision_modules
+from llava_deploy.exporter.halves import LanguageModel, VisionEncoder
 
 if TYPE_CHECKING:
-    from llava_deploy.exporter.tensors import TensorSource
+    from llava_deploy.exporter.sources.tensors import TensorSource
 
 EMBED_TOKENS = "language_model.embed_tokens.weight"
 _CHUNK = 1 << 22  # values
@@ -42,10 +42,8 @@ def expected_tensors(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     Taken from the graph modules' own parameters: tower layers past the feature layer are not among them.
     """
     shapes: dict[str, tuple[int, ...]] = {EMBED_TOKENS: (config.decoder.vocab_size, config.decoder.hidden_size)}
-    decoder, head = decoder_modules(config, ir.DataType.FLOAT)
-    heads = () if config.decoder.tie_word_embeddings else (head,)
-    for module in (*vision_modules(config, ir.DataType.FLOAT), decoder, *heads):
-        for name, parameter in module.named_parameters(prefix=str(module.name)):
+    for half in (VisionEncoder(config, ir.DataType.FLOAT), LanguageModel(config, ir.DataType.FLOAT)):
+        for name, parameter in half.named_parameters():
             shapes[name] = tuple(int(size) for size in parameter.shape)
     return shapes
 

@@ -14,12 +14,21 @@ from llava_deploy.exporter.rope import rope_tables
 
 
 @dataclass(frozen=True)
-class Step:
-    """What every layer of one call shares."""
+class StepInputs:
+    """The graph's inputs beside the cache; the names are the contract's."""
 
+    inputs_embeds: ir.Value  # [batch, seq, hidden]
     position_ids: ir.Value  # [batch, seq]
     write_indices: ir.Value  # [batch]
     attention_mask: ir.Value  # [batch, 1, seq, total]
+    last_index: ir.Value  # [batch]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every layer of one call shares."""
+
+    inputs: StepInputs
     total: ir.Value  # [1]
     cos: ir.Value  # [positions, head_dim / 2]
     sin: ir.Value  # [positions, head_dim / 2]
@@ -49,16 +58,16 @@ class SelfAttention(nn.Module):
         q = split_heads(op, self.q_proj(op, x), self.heads, self.head_dim)  # [batch, heads, seq, head_dim]
         k = split_heads(op, self.k_proj(op, x), self.kv_heads, self.head_dim)
         v = split_heads(op, self.v_proj(op, x), self.kv_heads, self.head_dim)
-        q = op.RotaryEmbedding(q, step.cos, step.sin, step.position_ids)
-        k = op.RotaryEmbedding(k, step.cos, step.sin, step.position_ids)
+        q = op.RotaryEmbedding(q, step.cos, step.sin, step.inputs.position_ids)
+        k = op.RotaryEmbedding(k, step.cos, step.sin, step.inputs.position_ids)
         present = Cache(
-            key=op.TensorScatter(past.key, k, step.write_indices, axis=-2, mode="linear"),
-            value=op.TensorScatter(past.value, v, step.write_indices, axis=-2, mode="linear"),
+            key=op.TensorScatter(past.key, k, step.inputs.write_indices, axis=-2, mode="linear"),
+            value=op.TensorScatter(past.value, v, step.inputs.write_indices, axis=-2, mode="linear"),
         )
         # Only the slots that the mask covers are read, so the cost follows the context and not the buffer.
         keys = op.Slice(present.key, [0], step.total, [2])  # [batch, kv_heads, total, head_dim]
         values = op.Slice(present.value, [0], step.total, [2])
-        y = op.Attention(q, keys, values, step.attention_mask)  # [batch, heads, seq, head_dim]
+        y = op.Attention(q, keys, values, step.inputs.attention_mask)  # [batch, heads, seq, head_dim]
         return self.o_proj(op, merge_heads(op, y, self.heads * self.head_dim)), present
 
 
@@ -95,26 +104,28 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Layers and final norm; the token embedding is looked up outside the graph."""
+    """Layers and final norm; the token embedding is looked up outside the graph.
+
+    With tied embeddings the table is the output layer, and the result is logits.
+    """
 
     def __init__(self, config: DecoderConfig, dtype: ir.DataType) -> None:
-        super().__init__("language_model")
+        super().__init__()
         self.layers = nn.ModuleList([DecoderLayer(config, dtype) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        tied = config.tie_word_embeddings
+        self.embed_tokens = Linear(config.hidden_size, config.vocab_size, False, dtype) if tied else None
         tables = rope_tables(config.rope, config.head_dim, config.max_position_embeddings)
         self.rope_tables = [ir.tensor(table.astype(dtype.numpy())) for table in tables]
 
-    def forward(
-        self, op: OpBuilder, inputs_embeds: ir.Value, position_ids: ir.Value, write_indices: ir.Value,
-        attention_mask: ir.Value, last_index: ir.Value, past: list[Cache],
-    ) -> tuple[ir.Value, list[Cache]]:  # fmt: skip
+    def forward(self, op: OpBuilder, inputs: StepInputs, past: list[Cache]) -> tuple[ir.Value, list[Cache]]:
         cos, sin = (op.initializer(t, name=name) for t, name in zip(self.rope_tables, ("cos", "sin"), strict=True))
-        total = op.Shape(attention_mask, start=3, end=4)
-        step = Step(position_ids, write_indices, attention_mask, total, cos, sin)
-        x, present = inputs_embeds, []
+        step = Step(inputs, op.Shape(inputs.attention_mask, start=3, end=4), cos, sin)
+        x, present = inputs.inputs_embeds, []
         for index, layer in enumerate(self.layers):
             x, cache = layer(op, x, past[index], step)
             x.name = hidden_state_name(index + 1)
             present.append(cache)
-        last = op.GatherND(x, op.Unsqueeze(last_index, [1]), batch_dims=1)  # [batch, hidden]
-        return self.norm(op, last), present
+        last = op.GatherND(x, op.Unsqueeze(inputs.last_index, [1]), batch_dims=1)  # [batch, hidden]
+        last = self.norm(op, last)
+        return (last if self.embed_tokens is None else self.embed_tokens(op, last)), present

@@ -123,7 +123,7 @@ class VisionTower(nn.Module):
     """
 
     def __init__(self, config: VisionConfig, feature_layers: tuple[int, ...], dtype: ir.DataType) -> None:
-        super().__init__("vision_tower")
+        super().__init__()
         self.embeddings = Embeddings(config, dtype)
         self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
         self.encoder = Encoder(config, max(feature_layers), dtype)

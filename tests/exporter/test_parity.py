@@ -27,6 +27,7 @@ from transformers import (
 
 from llava_deploy.exporter.checkpoint import CheckpointOptions, open_checkpoint
 from llava_deploy.exporter.export import export
+from llava_deploy.exporter.halves import DECODERS, TOWERS
 from llava_deploy.exporter.reference import LlavaLlamaConfig, LlavaLlamaForCausalLM
 from llava_deploy.exporter.reference.weights import save_original
 from llava_deploy.runtime import Llava
@@ -277,3 +278,9 @@ def test_original_layout_against_the_reference(name: str, tmp_path: Path) -> Non
     report(f"| {name} | {feature_error:.1e} |  | {NEW_TOKENS} of {NEW_TOKENS} |")
     assert feature_error < TOLERANCE
     assert answer.token_ids == tuple(want[0, -NEW_TOKENS:].tolist())
+
+
+def test_nothing_is_registered_without_a_parity_case() -> None:
+    """A new tower or decoder brings its configurations into this file."""
+    covered = {CLIPVisionConfig.model_type, LlamaConfig.model_type}
+    assert set(TOWERS) | set(DECODERS) == covered

@@ -15,10 +15,10 @@ from transformers import CLIPConfig, CLIPModel, LlamaConfig
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.exporter.checkpoint import Checkpoint, CheckpointOptions, open_checkpoint
-from llava_deploy.exporter.image_recipe import image_recipe
 from llava_deploy.exporter.layouts import llava
 from llava_deploy.exporter.layouts.fields import Fields
-from llava_deploy.exporter.tower_source import find_tower
+from llava_deploy.exporter.recipes.image_recipe import image_recipe
+from llava_deploy.exporter.sources.tower_source import find_tower
 from llava_deploy.exporter.weights import expected_tensors
 
 CONFIG = "config.json"

@@ -9,7 +9,7 @@ from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.engines.manifest import ChatRecipe
 from llava_deploy.exporter.config import LlavaConfig
 from llava_deploy.exporter.layouts.fields import Fields
-from llava_deploy.exporter.tokenizer_file import (
+from llava_deploy.exporter.recipes.tokenizer_file import (
     TOKENIZER_CONFIG,
     TokenizerFile,
     placeholder_of,

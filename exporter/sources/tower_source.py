@@ -7,9 +7,9 @@ from pathlib import Path
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.exporter.config import VisionConfig
-from llava_deploy.exporter.image_recipe import clip_recipe_fields, image_fields
 from llava_deploy.exporter.layouts import clip
 from llava_deploy.exporter.layouts.fields import Fields
+from llava_deploy.exporter.recipes.image_recipe import clip_recipe_fields, image_fields
 
 # What the config.json of OpenAI's own towers says, by the name that mm_vision_tower gives them: hidden_size,
 # intermediate_size, layers, heads, image_size, patch_size. Their weights are never fetched.

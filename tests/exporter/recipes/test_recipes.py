@@ -12,8 +12,8 @@ from transformers import CLIPImageProcessor
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.engines.manifest import ImageRecipe
 from llava_deploy.exporter.checkpoint import CheckpointOptions, open_checkpoint
-from llava_deploy.exporter.image_recipe import CLIP_MEAN, CLIP_STD, image_fields, image_recipe, unused_keys
 from llava_deploy.exporter.layouts.fields import Fields
+from llava_deploy.exporter.recipes.image_recipe import CLIP_MEAN, CLIP_STD, image_fields, image_recipe, unused_keys
 
 SIZE = {"height": 336, "width": 336}
 DEFAULT = ImageRecipe(

@@ -16,8 +16,8 @@ import numpy as np
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.exporter.layouts.fields import Fields
-from llava_deploy.exporter.tensors import TensorSource, open_file, require_dtype
-from llava_deploy.exporter.weight_files import ADAPTER_FILES, find_file
+from llava_deploy.exporter.sources.tensors import TensorSource, open_file, require_dtype
+from llava_deploy.exporter.sources.weight_files import ADAPTER_FILES, find_file
 
 ADAPTER_CONFIG = "adapter_config.json"
 NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.exporter.checkpoint import Checkpoint, CheckpointOptions, open_checkpoint
-from llava_deploy.exporter.lora import non_lora_name
+from llava_deploy.exporter.sources.lora import non_lora_name
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 

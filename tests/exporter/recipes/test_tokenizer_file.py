@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llava_deploy.engines.errors import CheckpointError
-from llava_deploy.exporter.tokenizer_file import open_tokenizer, placeholder_of
+from llava_deploy.exporter.recipes.tokenizer_file import open_tokenizer, placeholder_of
 
 MODEL = Path(__file__).parent / "data" / "sentencepiece_bpe.model"
 TEXTS = ["", "What is <image> this?</s>", "<extra>x"]

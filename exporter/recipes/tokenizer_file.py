@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.exporter.layouts.fields import Fields, read_json
-from llava_deploy.exporter.sentencepiece_model import to_tokenizer
+from llava_deploy.exporter.recipes.sentencepiece_model import to_tokenizer
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")

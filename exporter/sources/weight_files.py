@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.exporter.layouts.fields import read_json
-from llava_deploy.exporter.tensors import TensorSource, open_file
+from llava_deploy.exporter.sources.tensors import TensorSource, open_file
 
 # transformers' order (modeling_utils.py): safetensors before pickles, one file before shards.
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")

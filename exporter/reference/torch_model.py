@@ -19,8 +19,8 @@ from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.config import DecoderConfig, LlavaConfig, ProjectorConfig, RopeConfig, VisionConfig
-from llava_deploy.exporter.graphs import resolved_feature_layers
-from llava_deploy.exporter.tensors import TensorSource
+from llava_deploy.exporter.halves import resolved_feature_layers
+from llava_deploy.exporter.sources.tensors import TensorSource
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from llava_deploy.engines.errors import CheckpointError
-from llava_deploy.exporter.sentencepiece_model import PrefixSpace, read_model, to_tokenizer
+from llava_deploy.exporter.recipes.sentencepiece_model import PrefixSpace, read_model, to_tokenizer
 
 DATA = Path(__file__).parent / "data"
 MODEL = DATA / "sentencepiece_bpe.model"
