@@ -22,6 +22,9 @@ from llava_deploy.runtime.preprocess import preprocess_batch
 from llava_deploy.runtime.splice import SpliceOptions, splice
 from llava_deploy.runtime.tokenize import tokenize_prompt
 
+PICTURES_AT_ONCE = 16
+"""Pictures in one run of the vision graph: bounds its activations, whatever the number of pictures."""
+
 
 @dataclass(frozen=True)
 class EncodedBatch:
@@ -126,7 +129,8 @@ class PromptEncoder:
         began = time.perf_counter()
         pixels = self.pixels(pictures)
         self._preprocess_seconds = time.perf_counter() - began
-        return self.vision.encode(pixels)  # [pictures, patches, hidden]
+        groups = [pixels[at : at + PICTURES_AT_ONCE] for at in range(0, len(pixels), PICTURES_AT_ONCE)]
+        return np.concatenate([self.vision.encode(group) for group in groups])  # [pictures, patches, hidden]
 
     def _check_row(self, index: int, ids: np.ndarray, pictures: int, limit: int) -> None:
         placeholders = int((ids == IMAGE_TOKEN_INDEX).sum())

@@ -176,6 +176,15 @@ def test_cache_is_written_in_place(llava: Llava, scenes: list[Any]) -> None:
     assert buffers == {value.data_ptr() for value in llava.decoder._caches.values()}  # type: ignore[attr-defined]
 
 
+def test_more_pictures_than_one_run_of_the_tower_takes(llava: Llava, counted: dict[str, list[int]]) -> None:
+    pictures = [example.picture for example in islice(examples(Split.HELD_OUT, seed=7), 19)]
+    prompts = [QUESTION.format("What is in the picture?")] * len(pictures)
+    together = llava.generate(prompts, [[picture] for picture in pictures], max_new_tokens=4)
+    assert counted["vision"] == [16, 3]
+    alone = llava.generate(prompts[-1:], [pictures[-1:]], max_new_tokens=4)[0]
+    assert alone.token_ids == together[-1].token_ids
+
+
 def test_limits(llava: Llava) -> None:
     answer = llava.generate(["a"], max_new_tokens=3, sampling=SamplingOptions(temperature=5.0, seed=1))[0]
     assert answer.finish_reason in ("length", "stop")
