@@ -13,6 +13,8 @@ import click
 from llava_deploy.engines.command_group import PROGRAM, CommandLine, examples, options_as_one, quiet, remember, say
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from llava_deploy.exporter.checkpoint import Checkpoint
     from llava_deploy.runtime import Llava
     from llava_deploy.runtime.terminal_run import AnswerOptions
@@ -101,8 +103,11 @@ _raw = click.option("--raw", is_flag=True, help="Take the prompt as it is, witho
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def _picture(source: str) -> str | bytes:
-    return sys.stdin.buffer.read() if source == "-" else source
+def _pictures(sources: tuple[str, ...]) -> list[Image]:
+    """Load pictures: a wrong path is known before a model is loaded."""
+    from llava_deploy.runtime.pictures import load_picture
+
+    return [load_picture(sys.stdin.buffer.read() if source == "-" else source) for source in sources]
 
 
 @click.group(PROGRAM, CommandLine, epilog=examples("demo", "run --help"))
@@ -200,7 +205,7 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, raw: bool, as_json: 
     from llava_deploy.runtime.terminal_run import Output, Request, Template, run_request
 
     options = answering.options()
-    request = Request(prompt, [_picture(image) for image in images], Template.RAW if raw else Template.MODEL)
+    request = Request(prompt, _pictures(images), Template.RAW if raw else Template.MODEL)
     run_request(answering.load(bundle), request, options, Output.JSON if as_json else Output.TEXT, say)
 
 
@@ -216,8 +221,8 @@ def chat(bundle: Path, images: tuple[str, ...], answering: _Answering) -> None:
     from llava_deploy.runtime.terminal_chat import Conversation, converse, standard_terminal
 
     options = answering.options()
+    pictures = _pictures(images)
     llava = answering.load(bundle)
-    pictures = [_picture(image) for image in images]
     converse(Conversation(llava, options), standard_terminal(llava.max_len, say), pictures)
 
 
@@ -284,7 +289,7 @@ def verify(
     from llava_deploy.runtime import terminal
     from llava_deploy.runtime.terminal_run import Request, Template, prompt_of
 
-    picture = drawn_picture() if image is None else _picture(image)
+    picture = drawn_picture() if image is None else _pictures((image,))[0]
     request = Request(prompt, [picture], Template.RAW if raw else Template.MODEL)
     text = prompt_of(request, read_manifest(bundle).chat)
     with terminal.progress("comparing with PyTorch", quiet=quiet()):

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -75,6 +76,8 @@ class CommandLine(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Parse the command's arguments and run it."""
+        if os.environ.get("NO_COLOR"):
+            ctx.color = False  # https://no-color.org; Rich knows it by itself
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to fail

@@ -26,7 +26,7 @@ ErrorLine = Callable[[Result], str]
         (["run", "BUNDLE", "--prompt", "x", "--temperature", "-1"], 2, "temperature: want"),
         (["run", "BUNDLE", "--prompt", "x", "--max-new-tokens", "0"], 2, "max_new_tokens: want"),
         (["run", "BUNDLE", "--prompt", "x", "--max-len", "9999999", "-q"], 2, "max_len: want"),
-        (["run", "BUNDLE", "--prompt", "x", "--image", "nowhere.png", "-q"], 2, "nowhere.png"),
+        (["run", "BUNDLE", "--prompt", "x", "--image", "nowhere.png"], 2, "nowhere.png"),
         (["run", "BUNDLE", "--prompt", "<image>", "-q"], 2, "placeholder"),
         (["run", "nowhere", "--prompt", "x"], 2, "llava-deploy export"),
         (["build", "nowhere"], 2, "llava-deploy export"),
