@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from llava_deploy.engines.command_group import PROGRAM, CommandLine, examples, options_as_one, quiet, remember, say
+from llava_deploy.runtime.command_group import PROGRAM, CommandLine, examples, options_as_one, quiet, remember, say
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,6 +1,6 @@
 """PyTorch and the built graphs side by side on the same input, stage by stage.
 
-The one file of this room that imports the runtime: it is where both sides meet.
+Imports the runtime, as few files of this room do: it is where both sides meet.
 """
 
 from __future__ import annotations

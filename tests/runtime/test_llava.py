@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -140,6 +141,55 @@ def test_a_stream_left_half_way(llava: Llava, scenes: list[Any]) -> None:
     assert joined(llava.chat(ask(two, second)))[0] == want
     with pytest.raises(BackendError, match="another answer was started"):
         list(abandoned)
+
+
+def test_streams_begun_before_either_runs(llava: Llava) -> None:
+    """Only the newest runs, and the cache's record stays right: the first may not write what the second will not see."""
+    one, two = "USER: what is this? ASSISTANT:", "USER: what colour is it, and where? ASSISTANT:"
+    want = [llava.generate([prompt, "x"], max_new_tokens=8)[0].token_ids for prompt in (one, two)]
+    waiting = llava.stream(one, max_new_tokens=8)
+    newest = llava.stream(two, max_new_tokens=8)
+    with pytest.raises(BackendError, match="another answer was started"):
+        next(waiting)
+    assert joined(newest)[1] == want[1]
+    assert joined(llava.stream(one, max_new_tokens=8))[1] == want[0]
+
+
+def test_a_batch_that_does_not_fit_the_memory(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cache took the place of the old one, so nothing of the old one is reused afterwards."""
+    prompt = "USER: what is this? ASSISTANT:"
+    want = llava.generate([prompt], max_new_tokens=8)[0].token_ids
+
+    def full(array: np.ndarray) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llava.decoder, "_value", full)
+        with pytest.raises(BackendError, match="the KV cache of 3 x"):
+            llava.generate([prompt] * 3, max_new_tokens=1)
+    assert llava.generate([prompt], max_new_tokens=8)[0].token_ids == want
+
+
+def test_the_arrays_of_a_step_live_until_it_has_run(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime up to 1.31 keeps neither the arrays nor the OrtValues that are bound."""
+    llava.generate(["a"], max_new_tokens=1)
+    bound: list[weakref.ref[Any]] = []
+
+    class Forgetful(dict[str, Any]):
+        def __setitem__(self, name: str, value: Any) -> None:
+            bound.append(weakref.ref(value))
+
+    monkeypatch.setattr(llava.decoder._binding, "_bound_inputs", Forgetful())
+    run = llava.decoder._session.run_with_iobinding
+
+    def running(binding: Any) -> None:
+        assert len(bound) == 5
+        assert all(value() is not None for value in bound)
+        bound.clear()
+        run(binding)
+
+    monkeypatch.setattr(llava.decoder._session, "run_with_iobinding", running)
+    assert len(llava.generate(["b"], max_new_tokens=3)[0].token_ids) == 3
 
 
 def test_batch_is_each_alone(llava: Llava, scenes: list[Any]) -> None:

@@ -114,7 +114,7 @@ def test_questions_about_a_known_scene() -> None:
     scene = Scene((Thing(0, "circle", "red"), Thing(2, "circle", "blue"), Thing(6, "star", "orange")), look=0)
     found = {question.text: question.answer for form in Form for question in questions(scene, form)}
     assert found["What shape is the orange object?"] == "A star."
-    assert found["What colour is the star?"] == "Orange."
+    assert found["What colour is the star?"] == "It is orange."
     assert "What colour is the circle?" not in found  # there are two
     assert found["How many objects are there?"] == "Three."
     assert found["How many circles are there?"] == "Two."
@@ -123,7 +123,9 @@ def test_questions_about_a_known_scene() -> None:
     assert found["Where is the red circle relative to the blue circle?"] == "To the left."
     assert found["Where is the orange star relative to the red circle?"] == "Below."
     assert "Where is the orange star relative to the blue circle?" not in found  # neither row nor column shared
-    assert describe(scene) == "A red circle, a blue circle and an orange star."
+    assert describe(scene) == (
+        "A red circle at the top left, a blue circle at the top right and an orange star at the bottom left."
+    )
 
 
 def test_what_counts_as_right() -> None:

@@ -76,7 +76,7 @@ def test_a_conversation_is_what_encoding_its_text_gives(tokenizer: Tokenizer) ->
     writer = ConversationWriter(tokenizer)
     for _ in range(20):
         scenes = (random_scene(Split.TRAIN, rng), random_scene(Split.TRAIN, rng))
-        conversation = writer.write(scenes, 3, rng)
+        conversation = writer.write(scenes, 3, 0.3, rng)
         assert conversation.ids.count(IMAGE_TOKEN_INDEX) == 2
         ids = [image if token == IMAGE_TOKEN_INDEX else token for token in conversation.ids]
         text = tokenizer.decode(ids, skip_special_tokens=False)
@@ -85,7 +85,7 @@ def test_a_conversation_is_what_encoding_its_text_gives(tokenizer: Tokenizer) ->
 
 def test_labels_are_the_answers_and_their_ends(tokenizer: Tokenizer) -> None:
     rng = random.Random(0)
-    conversation = ConversationWriter(tokenizer).write((random_scene(Split.TRAIN, rng),), 4, rng)
+    conversation = ConversationWriter(tokenizer).write((random_scene(Split.TRAIN, rng),), 4, 0.3, rng)
     assert len(conversation.ids) == len(conversation.labels)
     kept = [label for label in conversation.labels if label != IGNORE_INDEX]
     assert all(

