@@ -13,6 +13,7 @@ from llava_deploy.exporter.demo.model import GRID, to_pixels
 from llava_deploy.exporter.demo.scenes import COLOURS, SHAPES, Scene, Split, random_scene
 
 _COLOURS = tuple(COLOURS)
+PATCH_WORDS = (SHAPES, _COLOURS, ("top", "bottom"), ("left", "right"))
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,9 @@ class Batch:
     """Right-padded rows and their pictures, in the rows' order."""
 
     input_ids: torch.Tensor  # [rows, seq] int64, IMAGE_TOKEN_INDEX for each picture
-    attention_mask: torch.Tensor  # [rows, seq] bool
     labels: torch.Tensor  # [rows, seq] int64
     pixels: torch.Tensor  # [pictures, 3, height, width]
-    objects: torch.Tensor  # [pictures, patches, 2], see `objects_by_patch`
+    objects: torch.Tensor  # [pictures, patches, groups], see `objects_by_patch`
 
 
 def random_scenes(count: int, rng: random.Random) -> list[Scene]:
@@ -37,32 +37,45 @@ def scene_pixels(scenes: list[Scene]) -> torch.Tensor:
 
 
 def objects_by_patch(scenes: list[Scene]) -> torch.Tensor:
-    """The shape and the colour of the object in each patch's cell: int64 `[scenes, patches, 2]`.
+    """Which of PATCH_WORDS say what is in each patch's cell: int64 `[scenes, patches, groups]`.
 
-    An empty cell has the numbers one past the last shape and colour.
+    The number one past a group's last word says that none of them does: nothing is there, or it is in the middle.
     """
-    cells = torch.tensor([len(SHAPES), len(COLOURS)]).repeat(len(scenes), 9, 1)  # [scenes, cells, 2]
+    nothing = torch.tensor([len(words) for words in PATCH_WORDS])
+    cells = nothing.repeat(len(scenes), 9, 1)  # [scenes, cells, groups]
     for index, scene in enumerate(scenes):
         for thing in scene.things:
-            cells[index, thing.cell, 0] = SHAPES.index(thing.shape)
-            cells[index, thing.cell, 1] = _COLOURS.index(thing.colour)
-    grid = cells.view(-1, 3, 3, 2).repeat_interleave(GRID // 3, dim=1).repeat_interleave(GRID // 3, dim=2)
-    return grid.flatten(1, 2)
+            row, column = divmod(thing.cell, 3)
+            cells[index, thing.cell] = torch.tensor(
+                [SHAPES.index(thing.shape), _COLOURS.index(thing.colour), (0, 2, 1)[row], (0, 2, 1)[column]]
+            )
+    grid = cells.view(-1, 3, 3, len(PATCH_WORDS))
+    return grid.repeat_interleave(GRID // 3, dim=1).repeat_interleave(GRID // 3, dim=2).flatten(1, 2)
 
 
-def conversation_batch(
-    writer: ConversationWriter, rows: int, pictures: int, turns: int, rng: random.Random, pad: int
-) -> Batch:
-    """`rows` conversations, each about `pictures` pictures with `turns` questions about every one of them."""
+@dataclass(frozen=True)
+class Course:
+    """What the conversations of a batch are like."""
+
+    rows: int
+    pictures: int  # in each conversation
+    turns: int  # about each picture
+    describing: float  # share of turns that ask for the whole picture
+
+
+def conversation_batch(writer: ConversationWriter, course: Course, pad: int, rng: random.Random) -> Batch:
+    """Conversations about random training scenes; `pad` is the padding's token id."""
+    rows, pictures = course.rows, course.pictures
     scenes = random_scenes(rows * pictures, rng)
-    written = [writer.write(tuple(scenes[row * pictures : (row + 1) * pictures]), turns, rng) for row in range(rows)]
+    written = [
+        writer.write(tuple(scenes[row * pictures : (row + 1) * pictures]), course.turns, course.describing, rng)
+        for row in range(rows)
+    ]
     longest = max(len(conversation.ids) for conversation in written)
     input_ids = torch.full((rows, longest), pad)
     labels = torch.full((rows, longest), IGNORE_INDEX)
-    attention_mask = torch.zeros(rows, longest, dtype=torch.bool)
     for row, conversation in enumerate(written):
         length = len(conversation.ids)
         input_ids[row, :length] = torch.tensor(conversation.ids)
         labels[row, :length] = torch.tensor(conversation.labels)
-        attention_mask[row, :length] = True
-    return Batch(input_ids, attention_mask, labels, scene_pixels(scenes), objects_by_patch(scenes))
+    return Batch(input_ids, labels, scene_pixels(scenes), objects_by_patch(scenes))

@@ -32,14 +32,17 @@ class ConversationWriter:
         self._eos = tokenizer.token_to_id(EOS)
         self._encode = lru_cache(maxsize=None)(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def write(self, scenes: tuple[Scene, ...], turns: int, rng: random.Random) -> Conversation:
-        """A conversation of `turns` questions about each scene; each scene's picture comes with its first question."""
+    def write(self, scenes: tuple[Scene, ...], turns: int, describing: float, rng: random.Random) -> Conversation:
+        """A conversation of `turns` questions about each scene; each scene's picture comes with its first question.
+
+        `describing` is the share of turns that ask for the whole picture and not for one thing.
+        """
         ids = [self._bos]
         labels = [IGNORE_INDEX]
-        before = f"{SYSTEM} " if rng.random() < 0.7 else ""
+        before = f"{SYSTEM} " if rng.random() < 0.5 else ""
         for scene in scenes:
             for turn in range(turns):
-                question, answer = _ask(scene, rng)
+                question, answer = _ask(scene, describing, rng)
                 if turn == 0:
                     said = [
                         *self._encode(f"{before}USER: "),
@@ -55,8 +58,8 @@ class ConversationWriter:
         return Conversation(tuple(ids), tuple(labels))
 
 
-def _ask(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    if rng.random() < 0.1:
+def _ask(scene: Scene, describing: float, rng: random.Random) -> tuple[str, str]:
+    if rng.random() < describing:
         return DESCRIBE, describe(scene)
     found: list[Question] = []
     while not found:

@@ -27,7 +27,7 @@ def build_model(tokenizer: Tokenizer) -> LlavaLlamaForCausalLM:
     config = LlavaLlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
-        intermediate_size=512,
+        intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=2,
@@ -58,6 +58,9 @@ def build_model(tokenizer: Tokenizer) -> LlavaLlamaForCausalLM:
     tower = model.get_model().vision_tower
     tower.load_model()
     tower.requires_grad_(True)
+    for layer in model.get_model().mm_projector:
+        if isinstance(layer, torch.nn.Linear):
+            layer.reset_parameters()  # Llama's small weights would leave its GELU next to linear
     _tell_places_apart(tower)
     return model
 

@@ -67,7 +67,7 @@ class Form(Enum):
     """The forms of question: kind, and every answer there is to it."""
 
     SHAPE = ("shape", tuple(f"A {shape}." for shape in SHAPES))
-    COLOUR = ("colour", tuple(f"{colour.capitalize()}." for colour in COLOURS))
+    COLOUR = ("colour", tuple(f"It is {colour}." for colour in COLOURS))
     COUNT_ALL = ("count", _NUMBERS[1:])
     COUNT_SHAPE = ("count", _NUMBERS[:4])
     POSITION = ("position", _PLACES)
@@ -184,7 +184,7 @@ def questions(scene: Scene, form: Form) -> list[Question]:
         return [Question(form, f"What shape is the {t.colour} object?", f"A {t.shape}.") for t in things]
     if form is Form.COLOUR:
         lone = [thing for thing in things if shapes.count(thing.shape) == 1]
-        return [Question(form, f"What colour is the {t.shape}?", f"{t.colour.capitalize()}.") for t in lone]
+        return [Question(form, f"What colour is the {t.shape}?", f"It is {t.colour}.") for t in lone]
     if form is Form.COUNT_ALL:
         return [Question(form, "How many objects are there?", _NUMBERS[len(things)])]
     if form is Form.COUNT_SHAPE:
@@ -205,8 +205,11 @@ def _plural(shape: str) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """The answer to DESCRIBE: every object, in reading order."""
-    names = [f"{'an' if thing.colour[0] in 'aeiou' else 'a'} {thing.name}" for thing in scene.things]
+    """The answer to DESCRIBE: every object and its place, in reading order."""
+    names = [
+        f"{'an' if thing.colour[0] in 'aeiou' else 'a'} {thing.name} {_PLACES[thing.cell].rstrip('.').lower()}"
+        for thing in scene.things
+    ]
     text = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     return f"{text[0].upper()}{text[1:]}."
 

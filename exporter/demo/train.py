@@ -2,10 +2,11 @@
 
     python -m llava_deploy.exporter.demo.train --out DIRECTORY
 
-Two stages, both with AdamW under a warm-up and a cosine.  *Look*: tower and projector learn to say, through a linear
-head that is thrown away afterwards, which shape in which colour lies in each patch's cell.  Without it the decoder
-ignores the pictures for thousands of steps.  *Talk*: the whole model, through the reference class and its splice,
-learns to answer in conversations of several questions; the look loss stays on at a small weight.
+Two stages, both with AdamW under a warm-up and a cosine.  *Look*: tower and projector learn to put each patch's feature
+near the embeddings of the words for what lies there.  Without it the decoder ignores the pictures for thousands of
+steps.  *Talk*: the whole model, through the reference class and its splice,
+learns to answer, first what the whole picture shows, where each word tells the next one's place to look, then
+conversations of several questions; the look loss stays on at a small weight.
 
 The same options on the same machine with the same torch give the same checkpoint.
 """
@@ -13,19 +14,23 @@ The same options on the same machine with the same torch give the same checkpoin
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional
 
 from llava_deploy.exporter.demo.batches import (
+    PATCH_WORDS,
     Batch,
+    Course,
     conversation_batch,
     objects_by_patch,
     random_scenes,
@@ -33,8 +38,7 @@ from llava_deploy.exporter.demo.batches import (
 )
 from llava_deploy.exporter.demo.conversations import ConversationWriter
 from llava_deploy.exporter.demo.model import build_model, save_checkpoint
-from llava_deploy.exporter.demo.scenes import COLOURS, SHAPES
-from llava_deploy.exporter.demo.tokens import PAD, train_tokenizer
+from llava_deploy.exporter.demo.tokens import PAD, UNK, train_tokenizer
 from llava_deploy.exporter.reference import LlavaLlamaForCausalLM
 
 Report = Callable[[str], None]
@@ -45,37 +49,57 @@ class Recipe:
     """Everything the training depends on.  Rates are AdamW's peak learning rates."""
 
     seed: int = 0
-    look_steps: int = 600
+    look_steps: int = 500
     look_rows: int = 64
     look_rate: float = 1e-3
-    talk_steps: int = 1200
+    talk_steps: int = 1300
     talk_rows: int = 32
-    talk_rate: float = 1e-3
-    eyes_rate: float = 3e-4  # of tower and projector in the talk stage: more undoes what they learned
-    look_weight: float = 0.2  # of the look loss, in the talk stage
+    talk_rate: float = 1.5e-3
+    describe_steps: int = 250  # of the talk steps, the first: only whole pictures are asked for
+    eyes_rate: float = 5e-4  # of tower and projector in the talk stage: more undoes what they learned
+    look_weight: float = 0.5  # of the look loss, in the talk stage
     warm_up: int = 100
     weight_decay: float = 0.05
     long_every: int = 10  # every so many talk steps the conversations are long and about two pictures
+    save_every: int = 250  # talk steps; a run that is cut short leaves what it had
 
     @property
     def turns(self) -> tuple[int, ...]:
         """Questions in a conversation, drawn anew for each batch."""
-        return 2, 6, 10
+        return 2, 4, 6, 8
 
 
-class PatchHead(nn.Module):
-    """Says of each image feature which shape and which colour lie in its cell, or that none does."""
+class Naming:
+    """Holds image features to the words for what they show.
 
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.sizes = [len(SHAPES) + 1, len(COLOURS) + 1]
-        self.linear = nn.Linear(hidden, sum(self.sizes))
+    Each patch's feature, multiplied with the decoder's word embeddings, has to pick the shape, the colour, the row and
+    the column of the object in its cell, or `<unk>` where there is nothing to say.  So pictures arrive in the decoder
+    as words it is asked about, and finding "the red object" is looking for what resembles " red".
+    """
 
-    def loss(self, features: torch.Tensor, objects: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy; features `[pictures, patches, hidden]`, objects `[pictures, patches, 2]`."""
-        shapes, colours = self.linear(features).flatten(0, 1).split(self.sizes, dim=1)
-        wanted = objects.flatten(0, 1)
-        return functional.cross_entropy(shapes, wanted[:, 0]) + functional.cross_entropy(colours, wanted[:, 1])
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        nothing = tokenizer.token_to_id(UNK)
+        self._groups = [torch.tensor([*(_word(tokenizer, name) for name in names), nothing]) for names in PATCH_WORDS]
+
+    def loss(self, features: torch.Tensor, embeddings: torch.Tensor, objects: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy over the groups of words.
+
+        Features are `[pictures, patches, hidden]`, embeddings `[vocabulary, hidden]`, objects
+        `[pictures, patches, groups]`.
+        """
+        rows = features.flatten(0, 1)
+        losses = [
+            functional.cross_entropy(rows @ embeddings[group].T, objects[..., index].flatten())
+            for index, group in enumerate(self._groups)
+        ]
+        return torch.stack(losses).mean()
+
+
+def _word(tokenizer: Tokenizer, name: str) -> int:
+    ids = tokenizer.encode(f" {name}", add_special_tokens=False).ids
+    if len(ids) != 1:
+        raise ValueError(f"want {name!r} to be one token, got {len(ids)}; train the tokenizer on text that has it")
+    return int(ids[0])
 
 
 class _Stage:
@@ -108,12 +132,18 @@ def train(recipe: Recipe, out: Path, report: Report) -> list[float]:
     rng = random.Random(recipe.seed)
     tokenizer = train_tokenizer()
     model = build_model(tokenizer)
-    head = PatchHead(model.config.hidden_size)
+    naming = Naming(tokenizer)
     model.train()
-    _look(model, head, recipe, rng, report)
-    writer = ConversationWriter(tokenizer)
-    losses = _talk(model, head, recipe, writer, rng, tokenizer.token_to_id(PAD), report)
-    save_checkpoint(model.eval(), tokenizer, out)
+    _look(model, naming, recipe, rng, report)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.get_model().embed_tokens.weight)
+    losses: list[float] = []
+    for loss in _talk(model, naming, recipe, ConversationWriter(tokenizer), rng, tokenizer.token_to_id(PAD)):
+        losses.append(loss)
+        if len(losses) % 50 == 0:
+            report(f"talk {len(losses):5d} of {recipe.talk_steps}  loss {sum(losses[-50:]) / 50:.4f}")
+        if len(losses) % recipe.save_every == 0 or len(losses) == recipe.talk_steps:
+            save_checkpoint(copy.deepcopy(model).eval(), tokenizer, out)
     return losses
 
 
@@ -121,11 +151,12 @@ def _eyes(model: LlavaLlamaForCausalLM) -> list[nn.Module]:
     return [model.get_model().vision_tower, model.get_model().mm_projector]
 
 
-def _look(model: LlavaLlamaForCausalLM, head: PatchHead, recipe: Recipe, rng: random.Random, report: Report) -> None:
-    stage = _Stage([([*_eyes(model), head], recipe.look_rate)], recipe.look_steps, recipe)
+def _look(model: LlavaLlamaForCausalLM, naming: Naming, recipe: Recipe, rng: random.Random, report: Report) -> None:
+    words = model.get_model().embed_tokens
+    stage = _Stage([([*_eyes(model), words], recipe.look_rate)], recipe.look_steps, recipe)
     for step in range(recipe.look_steps):
         scenes = random_scenes(recipe.look_rows, rng)
-        loss = head.loss(model.encode_images(scene_pixels(scenes)), objects_by_patch(scenes))
+        loss = naming.loss(model.encode_images(scene_pixels(scenes)), words.weight, objects_by_patch(scenes))
         stage.step(loss)
         if step % 50 == 0:
             report(f"look {step:5d} of {recipe.look_steps}  loss {loss.item():.4f}")
@@ -133,40 +164,41 @@ def _look(model: LlavaLlamaForCausalLM, head: PatchHead, recipe: Recipe, rng: ra
 
 def _talk(
     model: LlavaLlamaForCausalLM,
-    head: PatchHead,
+    naming: Naming,
     recipe: Recipe,
     writer: ConversationWriter,
     rng: random.Random,
     pad: int,
-    report: Report,
-) -> list[float]:
+) -> Iterator[float]:
     decoder = model.get_model()
     words = [decoder.embed_tokens, decoder.layers, decoder.norm, model.lm_head]
-    groups = [([*_eyes(model), head], recipe.eyes_rate), (words, recipe.talk_rate)]
+    groups = [(_eyes(model), recipe.eyes_rate), (words, recipe.talk_rate)]
     stage = _Stage(groups, recipe.talk_steps, recipe)
-    losses: list[float] = []
     for step in range(recipe.talk_steps):
-        if step % recipe.long_every == recipe.long_every - 1:
-            batch = conversation_batch(writer, recipe.talk_rows // 2, 2, 8, rng, pad)
-        else:
-            batch = conversation_batch(writer, recipe.talk_rows, 1, rng.choice(recipe.turns), rng, pad)
-        loss, look_loss = _losses(model, head, batch)
+        batch = conversation_batch(writer, _course(recipe, step, rng), pad, rng)
+        loss, look_loss = _losses(model, naming, batch)
         stage.step(loss + recipe.look_weight * look_loss)
-        losses.append(loss.item())
-        if step % 50 == 0:
-            recent = losses[-50:]
-            report(f"talk {step:5d} of {recipe.talk_steps}  loss {sum(recent) / len(recent):.4f}")
-    return losses
+        yield loss.item()
 
 
-def _losses(model: LlavaLlamaForCausalLM, head: PatchHead, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of the answers and that of the patches, from one pass through the tower."""
+def _course(recipe: Recipe, step: int, rng: random.Random) -> Course:
+    if step < recipe.describe_steps:
+        return Course(rows=recipe.talk_rows + recipe.talk_rows // 2, pictures=1, turns=1, describing=1.0)
+    if step % recipe.long_every == recipe.long_every - 1:
+        return Course(rows=recipe.talk_rows // 2, pictures=2, turns=8, describing=0.1)
+    return Course(rows=recipe.talk_rows, pictures=1, turns=rng.choice(recipe.turns), describing=0.15)
+
+
+def _losses(model: LlavaLlamaForCausalLM, naming: Naming, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of the answers and that of the patches, from one pass through the tower.
+
+    No mask: rows are padded on the right, where no answer sees them, and attention without a mask is faster.
+    """
     encoded: list[torch.Tensor] = []
     hook = model.get_model().mm_projector.register_forward_hook(lambda _module, _inputs, output: encoded.append(output))
     try:
         outputs = model(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
             labels=batch.labels,
             images=batch.pixels,
             use_cache=False,
@@ -175,7 +207,7 @@ def _losses(model: LlavaLlamaForCausalLM, head: PatchHead, batch: Batch) -> tupl
         hook.remove()
     if outputs.loss is None:
         raise RuntimeError("the model was given labels and returned no loss")
-    return outputs.loss, head.loss(encoded[0], batch.objects)
+    return outputs.loss, naming.loss(encoded[0], model.get_model().embed_tokens.weight, batch.objects)
 
 
 def main() -> None:
