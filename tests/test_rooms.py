@@ -38,7 +38,7 @@ NETWORK = {"aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "requests", 
 THIRD_PARTY = {
     "cli.py": {"click"},
     "engines": {"numpy", "click", "onnxruntime"},
-    "runtime": {"numpy", "tokenizers", "PIL", "jinja2", "rich", "onnxruntime"},
+    "runtime": {"numpy", "tokenizers", "PIL", "jinja2", "click", "rich", "onnxruntime"},
     "exporter": {"numpy", "tokenizers", "PIL", "rich", "onnxruntime", *EXPORT_ONLY} - {"peft"},
 }
 RUNTIME_MAY = {f"{PACKAGE}.engines.{name}" for name in GROUND_FLOOR} - {f"{PACKAGE}.engines.staging"}

@@ -5,12 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import transformers
 from PIL import Image
-
-try:
-    from transformers import CLIPImageProcessorPil as CLIPImageProcessor
-except ImportError:  # before transformers 5 there is only this name; since then it asks for torchvision first
-    from transformers import CLIPImageProcessor
 
 from llava_deploy.engines.manifest import ImageRecipe
 
@@ -32,7 +28,7 @@ def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.I
     return square
 
 
-def reference_processor(recipe: ImageRecipe) -> CLIPImageProcessor:
+def reference_processor(recipe: ImageRecipe) -> transformers.CLIPImageProcessor:
     """transformers' processor, set up as the recipe says."""
     # Only what the recipe holds is passed: the processor takes no None for a step that is switched off.
     fields: dict[str, Any] = {"resample": recipe.resample}
@@ -45,10 +41,13 @@ def reference_processor(recipe: ImageRecipe) -> CLIPImageProcessor:
         fields["rescale_factor"] = recipe.rescale_factor
     if recipe.mean is not None and recipe.std is not None:
         fields |= {"image_mean": list(recipe.mean), "image_std": list(recipe.std)}
-    return CLIPImageProcessor(
+    # transformers 5 gives the Pillow one a name of its own; the other one asks for torchvision first.
+    pillow = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
+    processor: transformers.CLIPImageProcessor = getattr(transformers, pillow)(
         do_resize="size" in fields,
         do_center_crop="crop_size" in fields,
         do_rescale="rescale_factor" in fields,
         do_normalize="image_mean" in fields,
         **fields,
     )
+    return processor
