@@ -82,7 +82,8 @@ def test_licence_readme_and_command(wheel: zipfile.ZipFile, metadata: Message) -
     assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     assert b"Apache License" in wheel.read(f"{info}/licenses/LICENSE")
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert metadata.get_payload() == (ROOT / "README.md").read_text(encoding="utf-8")
+    _, _, described = wheel.read(f"{info}/METADATA").decode("utf-8").partition("\n\n")
+    assert described == (ROOT / "README.md").read_text(encoding="utf-8")
     assert "llava-deploy = llava_deploy.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
 
 
