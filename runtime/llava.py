@@ -116,7 +116,7 @@ class Llava:
         batch = self.encoder.encode(prompts, images, self.decoder.max_len)
         generation, reused = self._start(batch, limits, sampling, stop)
         first = None
-        for _ in self._steps(generation, batch, reused):
+        for _ in self._steps(generation, batch, reused, self._call):
             first = time.perf_counter() - began if first is None else first
         return [
             Answer(
@@ -146,7 +146,7 @@ class Llava:
         limits = GenerationLimits(max_new_tokens, frozenset(self.manifest.chat.stop_token_ids))
         batch = self.encoder.encode([prompt], [images], self.decoder.max_len)
         generation, reused = self._start(batch, limits, sampling, stop)
-        return self._pieces(generation, batch, reused, began)
+        return self._pieces(generation, batch, reused, began, self._call)
 
     def chat(
         self,
@@ -180,37 +180,44 @@ class Llava:
         ]
         sampler = Sampler(sampling, len(rows))
         self._call += 1
+        if len(rows) > 1:
+            self._context.clear()  # first: the old cache is gone even where there is no room for the new one
         self.decoder.begin(len(rows))
         if len(rows) > 1:
-            self._context.clear()
             return Generation(self.decoder, sampler, limits, rows), 0
         return Generation(self.decoder, sampler, limits, rows), self._context.reuse(batch.slots)
 
-    def _steps(self, generation: Generation, batch: EncodedBatch, reused: int) -> Iterator[None]:
-        """Run the generation and keep the record of what a one-row cache holds."""
+    def _steps(self, generation: Generation, batch: EncodedBatch, reused: int, call: int) -> Iterator[None]:
+        """Run the generation of the call numbered ``call`` and keep the record of what a one-row cache holds."""
+        # Here too: by the first step of a stream that waited, the tokens it wanted to reuse may be overwritten.
+        self._require_latest(call)
         single = len(generation.rows) == 1
 
         def written(token: int) -> None:
             if single:
                 self._context.extend((token,))
 
-        call = self._call
         for count, _ in enumerate(
             generation.steps(batch.inputs_embeds[:, reused:], reused, self.encoder.embed, written)
         ):
             if single and not count:
                 self._context.extend(batch.slots[reused:])
             yield
-            if call != self._call:
-                raise BackendError(
-                    "another answer was started while this one was streaming, and they share one KV cache; "
-                    "finish one before the next, or load the bundle once for each"
-                )
+            self._require_latest(call)
 
-    def _pieces(self, generation: Generation, batch: EncodedBatch, reused: int, began: float) -> Iterator[Piece]:
+    def _require_latest(self, call: int) -> None:
+        if call != self._call:
+            raise BackendError(
+                "another answer was started while this one was streaming, and they share one KV cache; "
+                "finish one before the next, or load the bundle once for each"
+            )
+
+    def _pieces(
+        self, generation: Generation, batch: EncodedBatch, reused: int, began: float, call: int
+    ) -> Iterator[Piece]:
         row = generation.rows[0]
         first, tokens, texts = 0.0, 0, 0
-        for _ in self._steps(generation, batch, reused):
+        for _ in self._steps(generation, batch, reused, call):
             first = first or time.perf_counter() - began
             text = "".join(row.new_text[texts:])
             if not text and row.finish_reason is None:

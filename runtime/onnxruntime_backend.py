@@ -88,12 +88,17 @@ class OnnxRuntimeDecoder:
     def step(self, inputs_embeds: np.ndarray, write_indices: np.ndarray, last_index: np.ndarray) -> np.ndarray:
         """Run the decoder over new tokens; see :class:`DecoderSession`."""
         seq = inputs_embeds.shape[1]
-        bind = self._binding.bind_ortvalue_input
-        bind("inputs_embeds", self._value(inputs_embeds))
-        bind("position_ids", self._value(step_positions(write_indices, seq)))
-        bind("write_indices", self._value(write_indices))
-        bind("attention_mask", self._value(step_mask(write_indices, seq)))
-        bind("last_index", self._value(last_index))
+        feed = {
+            "inputs_embeds": inputs_embeds,
+            "position_ids": step_positions(write_indices, seq),
+            "write_indices": write_indices,
+            "attention_mask": step_mask(write_indices, seq),
+            "last_index": last_index,
+        }
+        # Held until the run is over: an OrtValue does not own the array's memory, and a binding owns no OrtValue.
+        values = {name: self._value(array) for name, array in feed.items()}
+        for name, value in values.items():
+            self._binding.bind_ortvalue_input(name, value)
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:

@@ -144,7 +144,7 @@ def test_a_stream_left_half_way(llava: Llava, scenes: list[Any]) -> None:
 
 
 def test_streams_begun_before_either_runs(llava: Llava) -> None:
-    """Only the newest runs, and the cache's record stays right: the first may not write what the second will not see."""
+    """Only the newest runs, and the record of what the cache holds stays right."""
     one, two = "USER: what is this? ASSISTANT:", "USER: what colour is it, and where? ASSISTANT:"
     want = [llava.generate([prompt, "x"], max_new_tokens=8)[0].token_ids for prompt in (one, two)]
     waiting = llava.stream(one, max_new_tokens=8)
