@@ -41,13 +41,13 @@ def vision_config(fields: Fields) -> VisionConfig:
         model_type="clip_vision_model",
         hidden_size=hidden,
         intermediate_size=fields.positive("intermediate_size", 3072),
-        num_hidden_layers=fields.positive("num_hidden_layers", 12),
+        num_hidden_layers=fields.positive("num_hidden_layers", 12, llama.MOST_LAYERS),
         num_attention_heads=heads,
         image_size=image,
         patch_size=patch,
         num_channels=3,
         hidden_act=llama.activation(fields, "hidden_act", "quick_gelu"),
-        layer_norm_eps=fields.get("layer_norm_eps", float, 1e-5),
+        layer_norm_eps=llama.epsilon(fields, "layer_norm_eps", 1e-5),
     )
 
 

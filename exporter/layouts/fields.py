@@ -12,6 +12,7 @@ from llava_deploy.engines.errors import CheckpointError
 
 T = TypeVar("T")
 _LONGEST = 120  # characters of a value that an error shows
+_MOST = 2**31 - 1  # of any whole number that a model's config holds
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -20,13 +21,16 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no such file, not JSON, or not an object.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: want a JSON file, found something else; fetch the file again")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(values, ensure_ascii=False).encode()  # half a character cannot be written into a bundle
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path}: want this file, found none; is this the checkpoint's directory, and was it fetched whole?"
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: want JSON, found something else ({error}); fetch the file again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: want a JSON object, found {type(values).__name__}; fetch the file again")
@@ -65,11 +69,13 @@ class Fields:
         """The value of type ``kind``, None if absent.
 
         Raises:
-            CheckpointError: a value of another type, or not finite; an int passes for a float.
+            CheckpointError: a value of another type, not finite, or beyond 2**31; an int passes for a float.
         """
         value = self.peek(key)
         if value is None:
             return None
+        if type(value) is int and abs(value) > _MOST:
+            raise self.error(key, f"want {kind.__name__} of at most {_MOST}", "correct the file")
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
@@ -92,11 +98,20 @@ class Fields:
             raise self.error(key, f"want this field ({kind.__name__})", "was the file written whole?")
         return value
 
-    def positive(self, key: str, default: int) -> int:
-        """A whole number of at least 1, ``default`` if absent."""
+    def positive(self, key: str, default: int, most: int = _MOST) -> int:
+        """A whole number from 1 to ``most``, ``default`` if absent."""
         value = self.get(key, int, default)
         if value < 1:
             raise self.error(key, "want at least 1", "correct the file")
+        if value > most:
+            raise self.error(key, f"want at most {most:,}", "correct the file")
+        return value
+
+    def number(self, key: str, default: float, above: float) -> float:
+        """A number greater than ``above``, ``default`` if absent."""
+        value = self.get(key, float, default)
+        if value <= above:
+            raise self.error(key, f"want a number above {above:g}", "correct the file")
         return value
 
     def child(self, key: str) -> Fields:
@@ -122,7 +137,11 @@ class Fields:
 
     def unused(self, no_effect: Collection[str]) -> tuple[str, ...]:
         """Dotted keys, here and in children, that hold something, were not read, and are not in ``no_effect``."""
-        empty: tuple[Any, ...] = (None, False, [], {}, "")
-        left = [k for k, v in self.values.items() if k not in self._read and k not in no_effect and v not in empty]
+        left = [k for k, v in self.values.items() if k not in self._read and k not in no_effect and not _is_empty(v)]
         below = [key for child in self._children.values() for key in child.unused(no_effect)]
         return tuple(sorted([*(f"{self.prefix}{key}" for key in left), *below]))
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a value says nothing; 0 says something."""
+    return value is None or value is False or (isinstance(value, list | dict | str) and not value)

@@ -10,6 +10,10 @@ from llava_deploy.exporter.layouts.fields import Fields
 MODEL_TYPE = "llama"
 _DEFAULT_THETA = 10_000.0
 
+# Far beyond any model; what a damaged config says would not fit into memory.
+MOST_LAYERS = 1024
+_MOST_POSITIONS = 1 << 24
+
 # transformers' names (activations.py) that mean the same function as one of ours.
 _ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": "quick_gelu",
@@ -53,6 +57,18 @@ def activation(fields: Fields, key: str, default: Activation) -> Activation:
     return _ACTIVATIONS[name]
 
 
+def epsilon(fields: Fields, key: str, default: float) -> float:
+    """What a norm adds before its root.
+
+    Raises:
+        CheckpointError: a negative number.
+    """
+    value = fields.get(key, float, default)
+    if value < 0:
+        raise fields.error(key, "want 0 or more", "correct the file")
+    return value
+
+
 def refuse_unsupported(fields: Fields) -> None:
     """Refuse, by name, what any transformers config can say and the graphs cannot honour."""
     fields.only("quantization_config", (), _NO_QUANTISED)
@@ -83,19 +99,19 @@ def decoder_config(fields: Fields, tie_word_embeddings: bool) -> DecoderConfig:
     head_dim = fields.positive("head_dim", max(1, hidden // heads))
     if head_dim % 2:
         raise fields.error("head_dim", "want an even number, to be rotated in pairs", "correct the file")
-    longest = fields.positive("max_position_embeddings", 2048)
+    longest = fields.positive("max_position_embeddings", 2048, _MOST_POSITIONS)
     return DecoderConfig(
         model_type="llama",
         hidden_size=hidden,
         intermediate_size=fields.positive("intermediate_size", 11008),
-        num_hidden_layers=fields.positive("num_hidden_layers", 32),
+        num_hidden_layers=fields.positive("num_hidden_layers", 32, MOST_LAYERS),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=fields.positive("vocab_size", 32000),
         max_position_embeddings=longest,
         hidden_act=activation(fields, "hidden_act", "silu"),
-        rms_norm_eps=fields.get("rms_norm_eps", float, 1e-6),
+        rms_norm_eps=epsilon(fields, "rms_norm_eps", 1e-6),
         rope=_rope(fields, longest),
         attention_bias=fields.get("attention_bias", bool, False),
         mlp_bias=fields.get("mlp_bias", bool, False),
@@ -110,8 +126,10 @@ def _rope(fields: Fields, longest: int) -> RopeConfig:
     something replaces ``rope_parameters``; a ``rope_theta`` inside the object wins over one beside it.
     """
     fields.only("partial_rotary_factor", (1, 1.0), "partly rotated heads are not supported")
-    beside = fields.get("rope_theta", float, _DEFAULT_THETA)
+    beside = fields.number("rope_theta", _DEFAULT_THETA, above=0)
     original = fields.optional("original_max_position_embeddings", int)
+    if original is not None:
+        fields.positive("original_max_position_embeddings", longest)
     old, new = fields.get("rope_scaling", dict, {}), fields.get("rope_parameters", dict, {})
     key = "rope_scaling" if old else "rope_parameters"
     rope = Fields(old or new, fields.where, f"{fields.prefix}{key}.")
@@ -120,13 +138,17 @@ def _rope(fields: Fields, longest: int) -> RopeConfig:
         name = "rope_type" if rope.has("rope_type") else "type"
         raise rope.error(name, "want 'default', 'linear' or 'llama3'", "other rotary embeddings are not supported")
     rope.only("partial_rotary_factor", (1, 1.0), "partly rotated heads are not supported")
-    theta = rope.get("rope_theta", float, beside)
+    theta = rope.number("rope_theta", beside, above=0)
     factor = low = high = None
     if kind != "default":
-        factor = rope.require("factor", float)
+        rope.require("factor", float)
+        factor = rope.number("factor", 1.0, above=0)
     if kind == "llama3":
-        low, high = rope.require("low_freq_factor", float), rope.require("high_freq_factor", float)
-        inside = rope.get("original_max_position_embeddings", int, longest)
+        rope.require("low_freq_factor", float)
+        rope.require("high_freq_factor", float)
+        low = rope.number("low_freq_factor", 1.0, above=0)
+        high = rope.number("high_freq_factor", 4.0, above=low)
+        inside = rope.positive("original_max_position_embeddings", longest)
         original = inside if original is None else original
     if strange := rope.unused(("factor", "original_max_position_embeddings")):
         last = strange[0].rpartition(".")[2]

@@ -20,6 +20,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _BICUBIC = 3
 _FILTERS = range(6)  # Pillow's numbers
 _CLIP_SIZE = 224
+_MOST = 1e6  # of a mean or deviation; a NaN is no less either
 
 _CLIP = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 _LLAVA = ("LlavaImageProcessor", "LlavaImageProcessorFast", "LlavaImageProcessorPil")
@@ -134,7 +135,7 @@ def _crop(fields: Fields) -> tuple[int, int]:
 
 def _triple(fields: Fields, key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
     value = fields.get(key, list, list(default))
-    if len(value) != 3 or any(type(part) not in (int, float) for part in value):
+    if len(value) != 3 or any(type(part) not in (int, float) or not abs(part) <= _MOST for part in value):
         raise fields.error(key, "want three numbers", "pictures have three channels here")
     return (float(value[0]), float(value[1]), float(value[2]))
 

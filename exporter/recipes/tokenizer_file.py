@@ -101,8 +101,13 @@ def _add_tokens(directory: Path, settings: Fields, tokenizer: Tokenizer) -> bool
     listed: dict[int, AddedToken] = {}
     path = directory / "added_tokens.json"
     if path.is_file():
-        listed |= {int(i): AddedToken(text, normalized=False) for text, i in read_json(path).items()}
+        for text, number in read_json(path).items():
+            if type(number) is not int:
+                raise CheckpointError(f"{path}: want an id for {text!r}, found {number!r:.80}; fetch the file again")
+            listed[number] = AddedToken(text, normalized=False)
     for number, entry in settings.get("added_tokens_decoder", dict, {}).items():
+        if not number.isdecimal() or not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+            raise settings.error("added_tokens_decoder", "want ids with their tokens' content", "fetch the file again")
         flags = {name: bool(entry.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "special")}
         listed[int(number)] = AddedToken(entry["content"], normalized=bool(entry.get("normalized", True)), **flags)
     known = tokenizer.get_added_tokens_decoder()

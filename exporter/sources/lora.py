@@ -194,8 +194,8 @@ class _Scalings:
         self._rank = fields.positive("r", 8)
         self._alpha = fields.get("lora_alpha", float, 8.0)
         self._root = fields.get("use_rslora", bool, False)
-        self._ranks = fields.get("rank_pattern", dict, {})
-        self._alphas = fields.get("alpha_pattern", dict, {})
+        self._ranks = _patterns(fields, "rank_pattern", (int,))
+        self._alphas = _patterns(fields, "alpha_pattern", (int, float))
 
     def scaling(self, module: str, source: TensorSource) -> float:
         """The factor on B A; the rank in the config has to be that of the tensors."""
@@ -206,6 +206,18 @@ class _Scalings:
                 f"{source.shape[0]}; the adapter's files do not belong together"
             )
         return float(alpha / (math.sqrt(rank) if self._root else rank))
+
+
+def _patterns(fields: Fields, key: str, kinds: tuple[type, ...]) -> Mapping[str, float]:
+    patterns = fields.get(key, dict, {})
+    for pattern, value in patterns.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise fields.error(key, f"want regular expressions ({pattern!r}: {error})", "correct the file") from error
+        if type(value) not in kinds or not 0 < value < math.inf:
+            raise fields.error(key, f"want a number above 0 for {pattern!r}", "correct the file")
+    return patterns
 
 
 def _matching(patterns: Mapping[str, float], module: str, default: float) -> float:
