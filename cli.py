@@ -6,10 +6,11 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, get_args
 
 import click
 
+from llava_deploy.engines.names import Precision
 from llava_deploy.runtime.command_group import PROGRAM, CommandLine, examples, options_as_one, quiet, remember, say
 
 if TYPE_CHECKING:
@@ -31,10 +32,17 @@ class _Source:
     conversation: str | None
 
     def open(self) -> Checkpoint:
+        """Open it with its options."""
         from llava_deploy.exporter.checkpoint import CheckpointOptions, open_checkpoint
 
         options = CheckpointOptions(self.vision_tower, self.projector, self.lora, self.conversation)
         return open_checkpoint(self.directory, options)
+
+
+def _say_unused(checkpoint: Checkpoint) -> None:
+    """Config keys that this version knows nothing of are said, not passed over."""
+    if checkpoint.unused_keys:
+        say(f"config keys that have no effect here: {', '.join(checkpoint.unused_keys)}")
 
 
 @dataclass(frozen=True)
@@ -145,9 +153,9 @@ def inspect(source: _Source, as_json: bool) -> None:
 @main.command(epilog=examples("export llava-1.5-7b-hf -o bundle --precision fp16"))
 @_source
 @click.option("-o", "--output", type=_path, required=True, metavar="BUNDLE", help="Directory to write.")
-@click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
+@click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", show_default=True)
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
-def export(source: _Source, output: Path, precision: Literal["fp32", "fp16"], force: bool) -> None:
+def export(source: _Source, output: Path, precision: Precision, force: bool) -> None:
     """Turn a checkpoint into a bundle.
 
     That is a directory with two ONNX graphs, the token embeddings, the tokenizer and a manifest, all of one piece: it
@@ -159,11 +167,11 @@ def export(source: _Source, output: Path, precision: Literal["fp32", "fp16"], fo
     with terminal.progress("exporting", quiet=quiet()) as step:
         from llava_deploy.exporter.export import export as write
 
-        manifest = write(
-            source.open(), output, precision, replace=force, on_progress=lambda at: step(at.done, at.total)
-        )
+        checkpoint = source.open()
+        manifest = write(checkpoint, output, precision, replace=force, on_progress=lambda at: step(at.done, at.total))
     total = terminal.size(sum(entry.size for entry in manifest.files))
     say(f"{manifest.model.parameters:,} parameters in {precision}, {total}, in {watch}")
+    _say_unused(checkpoint)
     say(f"next: {PROGRAM} build {output} --backend onnxruntime")
     click.echo(output)
 
@@ -295,7 +303,9 @@ def verify(
     with terminal.progress("comparing with PyTorch", quiet=quiet()):
         from llava_deploy.exporter.verify import verify as compare
 
-        report = compare(source.open(), bundle, prompt=text, picture=picture, max_new_tokens=max_new_tokens)
+        checkpoint = source.open()
+        report = compare(checkpoint, bundle, prompt=text, picture=picture, max_new_tokens=max_new_tokens)
+    _say_unused(checkpoint)
     terminal.show(report.to_dict() if as_json else stage_table(report.stages))
     if report.first_failure is not None:
         raise LlavaDeployError(f"{report.first_failure} is the first stage out of tolerance")

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from llava_deploy.engines.contract import DecoderShape, VisionShape
 from llava_deploy.engines.errors import BundleError
+from llava_deploy.engines.names import Conversation, Precision
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -59,7 +60,7 @@ class ChatRecipe:
 
     Attributes:
         template: a Jinja chat template, or ``None`` to use the built-in format named ``conversation``.
-        conversation: ``vicuna_v1``, ``llama_2``, ``mistral`` or ``plain``.
+        conversation: the built-in format, where there is no template.
         placeholder: the text that stands for a picture in a prompt.
         tokenization: ``split`` cuts the prompt at each placeholder and tokenises the pieces on their own, as LLaVA's
             ``tokenizer_image_token`` does; ``added_token`` tokenises the whole prompt, where the placeholder is an
@@ -72,7 +73,7 @@ class ChatRecipe:
     """
 
     template: str | None
-    conversation: Literal["vicuna_v1", "llama_2", "mistral", "plain"]
+    conversation: Conversation
     placeholder: str
     tokenization: Literal["split", "added_token"]
     image_token_id: int | None
@@ -100,7 +101,7 @@ class ModelCard:
     vision: str
     projector: str
     decoder: str
-    precision: Literal["fp32", "fp16"]
+    precision: Precision
     parameters: int
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+_LOCK, _CONTENT, _ASIDE = "lock", "new", "old"
 
 
 @contextlib.contextmanager
@@ -15,36 +18,47 @@ def staged_directory(output: Path, *, replace: bool) -> Iterator[Path]:
     """Give a temporary sibling of ``output``, and rename it to ``output`` when the block ends without an error.
 
     On an error the sibling is removed. A process that is killed leaves a hidden ``.NAME.partial-*`` directory, which
-    the next call for the same ``output`` removes once its owner is gone. With ``replace``, an old directory steps aside
-    under a hidden name for the moment between two renames, and is put back should the second one fail.
+    the next call for the same ``output`` removes: its owner held a lock, which no longer exists. With ``replace``, an
+    old directory steps aside under a hidden name for the moment between two renames, and is put back should the second
+    one fail, or by the next call should the process be killed between them.
     """
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
     _sweep(output)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{os.getpid()}-", dir=output.parent))
+    staging, lock = _create(output)
     try:
-        yield staging
-        staging.chmod(0o777 & ~_umask())
-        _sync(staging)
-        _move_into_place(staging, output, replace=replace)
+        content = staging / _CONTENT
+        content.mkdir()
+        yield content
+        content.chmod(0o777 & ~_umask())
+        _sync_tree(content)
+        _move_into_place(content, output, staging / _ASIDE, replace=replace)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
 
 
-def _move_into_place(staging: Path, output: Path, *, replace: bool) -> None:
+def _create(output: Path) -> tuple[Path, int]:
+    """A staging directory and the handle of its lock; another one where a sweeper was there between the two."""
+    while True:
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+        lock = _lock(staging, os.O_CREAT)
+        if lock is not None:
+            if (staging / _LOCK).exists():
+                return staging, lock
+            os.close(lock)
+
+
+def _move_into_place(content: Path, output: Path, aside: Path, *, replace: bool) -> None:
     if not (replace and output.exists()):
-        staging.rename(output)
+        content.rename(output)
     else:
-        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{os.getpid()}-", dir=output.parent))
-        old = aside / "old"
-        output.rename(old)
+        output.rename(aside)
         try:
-            staging.rename(output)
+            content.rename(output)
         except OSError:
-            old.rename(output)
+            aside.rename(output)
             raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
     _sync(output.parent)
 
 
@@ -52,15 +66,39 @@ def _sweep(output: Path) -> None:
     """Remove what killed processes left beside ``output``, and put back what one of them had moved aside."""
     prefix = f".{output.name}.partial-"
     for path in output.parent.iterdir():
-        pid = path.name.removeprefix(prefix).split("-")[0]
-        if path.name.startswith(prefix) and pid.isdigit() and not Path("/proc", pid).exists():
-            if (path / "old").exists() and not output.exists():
-                (path / "old").rename(output)
-            shutil.rmtree(path, ignore_errors=True)
+        if not path.name.startswith(prefix) or not path.is_dir():
+            continue
+        lock = _lock(path)
+        if lock is None:
+            continue  # its owner is at work, or it is none of ours
+        if (path / _ASIDE).exists() and not output.exists():
+            (path / _ASIDE).rename(output)
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
 
 
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def _lock(directory: Path, create: int = 0) -> int | None:
+    """Lock a staging directory for as long as this process lives; ``None`` where another has it, or it is not one."""
+    try:
+        handle = os.open(directory / _LOCK, os.O_RDWR | create, 0o600)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        _sync(path)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

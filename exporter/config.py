@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+EMBED_TOKENS = "language_model.embed_tokens.weight"
+"""Canonical name of the token-embedding table."""
+
 Activation = Literal["quick_gelu", "gelu", "gelu_pytorch_tanh", "silu"]
 
 

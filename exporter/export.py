@@ -27,11 +27,12 @@ from llava_deploy.engines.manifest import (
     SpliceRecipe,
     describe_file,
 )
+from llava_deploy.engines.names import Precision
 from llava_deploy.engines.staging import staged_directory
 from llava_deploy.exporter.checkpoint import Checkpoint
-from llava_deploy.exporter.config import LlavaConfig
-from llava_deploy.exporter.graphs import Graphs, Precision, build_graphs
-from llava_deploy.exporter.weights import EMBED_TOKENS, attach_weights, write_embedding_table
+from llava_deploy.exporter.config import EMBED_TOKENS, LlavaConfig
+from llava_deploy.exporter.graphs import Graphs, build_graphs
+from llava_deploy.exporter.weights import attach_weights, write_embedding_table
 
 TOOLS = ("llava-deploy", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -21,11 +20,11 @@ from llava_deploy.engines.contract import (
     VisionShape,
     past_name,
 )
+from llava_deploy.engines.names import Precision
 from llava_deploy.exporter.config import LlavaConfig
-from llava_deploy.exporter.decoders import llama
+from llava_deploy.exporter.decoders.interface import Cache, StepInputs
 from llava_deploy.exporter.halves import LanguageModel, VisionEncoder
 
-Precision = Literal["fp32", "fp16"]
 DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16"}
 
 
@@ -78,8 +77,8 @@ def _decoder_graph(config: LlavaConfig, shape: DecoderShape, dtype: ir.DataType)
     spec = shape.spec()
     builder, inputs = _begin(spec)
     layers = range(config.decoder.num_hidden_layers)
-    past = [llama.Cache(inputs[past_name(i, "key")], inputs[past_name(i, "value")]) for i in layers]
-    step = llama.StepInputs(**{field.name: inputs[field.name] for field in dataclasses.fields(llama.StepInputs)})
+    past = [Cache(inputs[past_name(i, "key")], inputs[past_name(i, "value")]) for i in layers]
+    step = StepInputs(**{field.name: inputs[field.name] for field in dataclasses.fields(StepInputs)})
     logits, present = LanguageModel(config, dtype)(builder.op, step, past)
     return _finish(builder, spec, [logits, *(value for cache in present for value in (cache.key, cache.value))])
 

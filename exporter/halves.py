@@ -8,6 +8,7 @@ from onnxscript import OpBuilder, nn
 from llava_deploy.exporter.blocks import Linear
 from llava_deploy.exporter.config import LlavaConfig
 from llava_deploy.exporter.decoders import llama
+from llava_deploy.exporter.decoders.interface import Cache, StepInputs
 from llava_deploy.exporter.projector import Projector
 from llava_deploy.exporter.towers import clip_vision_model
 
@@ -51,9 +52,7 @@ class LanguageModel(nn.Module):
         self.language_model = DECODERS[c.model_type](c, dtype)
         self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, False, dtype)
 
-    def forward(
-        self, op: OpBuilder, step: llama.StepInputs, past: list[llama.Cache]
-    ) -> tuple[ir.Value, list[llama.Cache]]:
+    def forward(self, op: OpBuilder, step: StepInputs, past: list[Cache]) -> tuple[ir.Value, list[Cache]]:
         """Logits ``[batch, vocab]``, float32, and the caches after the step."""
         hidden, present = self.language_model(op, step, past)  # [batch, hidden], or logits where they are tied
         logits = hidden if self.lm_head is None else self.lm_head(op, hidden)

@@ -215,9 +215,11 @@ def _decoder_states(model: TorchLlava, embeds: torch.Tensor) -> tuple[list[torch
         states.append(output if isinstance(output, torch.Tensor) else output[0])
 
     hooks = [layer.register_forward_hook(keep) for layer in model.decoder.model.layers]
-    logits = model.decoder(inputs_embeds=embeds).logits[:, -1]
-    for hook in hooks:
-        hook.remove()
+    try:
+        logits = model.decoder(inputs_embeds=embeds, logits_to_keep=1).logits[:, -1]
+    finally:
+        for hook in hooks:
+            hook.remove()
     return states, logits
 
 
@@ -225,8 +227,8 @@ def _token_stage(
     llava: Llava, model: TorchLlava, prompt: str, image: Image.Image, embeds: torch.Tensor, noise: float, most: int
 ) -> StageResult:
     """Greedy tokens of both; where they part, PyTorch's own two choices may be no further apart than the noise."""
-    found = llava.generate([prompt], [[image]], max_new_tokens=most)[0].token_ids
-    stop = list(llava.manifest.chat.stop_token_ids)
+    answer = llava.generate([prompt], [[image]], max_new_tokens=most)[0]
+    found, stop = answer.token_ids, list(llava.manifest.chat.stop_token_ids)
     decoder: Any = model.decoder  # generate's own annotations know no LlamaForCausalLM
     output = decoder.generate(
         inputs_embeds=embeds,
@@ -239,6 +241,8 @@ def _token_stage(
         return_dict_in_generate=True,
     )
     want = tuple(output.sequences[0].tolist())
+    if answer.finish_reason == "context" or (answer.finish_reason == "stop" and found[-1] not in stop):
+        want = want[: len(found)]  # PyTorch knows no stop strings and no end of the cache
     longest = max(len(found), len(want))
     at = next((i for i in range(longest) if found[i : i + 1] != want[i : i + 1]), longest)
     if at == longest:

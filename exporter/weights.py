@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,12 @@ import numpy as np
 import onnx_ir as ir
 
 from llava_deploy.engines.errors import CheckpointError, LlavaDeployError
-from llava_deploy.exporter.config import LlavaConfig
+from llava_deploy.exporter.config import EMBED_TOKENS, LlavaConfig
 from llava_deploy.exporter.halves import LanguageModel, VisionEncoder
 
 if TYPE_CHECKING:
     from llava_deploy.exporter.sources.tensors import TensorSource
 
-EMBED_TOKENS = "language_model.embed_tokens.weight"
 _CHUNK = 1 << 22  # values
 _PAGE, _LINE = 4096, 64  # bytes
 _INLINE = 1024  # bytes
@@ -106,8 +104,6 @@ def attach_weights(model: ir.Model, tensors: Mapping[str, TensorSource], path: P
             value.const_value = ir.ExternalTensor(
                 location, offset, length, dtype, shape=shape, name=name, base_dir=path.parent
             )
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _padded(position: int, length: int) -> int:
@@ -122,6 +118,4 @@ def write_embedding_table(path: Path, source: TensorSource, dtype: np.dtype, pro
         np.lib.format.write_array_header_1_0(file, header)
         offset = file.tell()
         write_tensor(file, source, dtype, progress)
-        file.flush()
-        os.fsync(file.fileno())
     return SharedTable(path, offset)

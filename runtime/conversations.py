@@ -7,11 +7,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from llava_deploy.engines.errors import PromptError
-
-Conversation = Literal["vicuna_v1", "llama_2", "mistral", "plain"]
+from llava_deploy.engines.names import Conversation
 
 _SYSTEM: dict[Conversation, str] = {
     "vicuna_v1": (

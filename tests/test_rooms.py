@@ -22,7 +22,7 @@ FILES = [
     ),
 ]
 
-GROUND_FLOOR = ("contract", "manifest", "errors", "integrity", "engine_manifest", "staging")
+GROUND_FLOOR = ("contract", "manifest", "names", "errors", "integrity", "engine_manifest", "staging")
 EXPORT_ONLY = {
     "torch",
     "transformers",
@@ -37,7 +37,7 @@ EXPORT_ONLY = {
 NETWORK = {"aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "requests", "socket", "socketserver", "urllib3"}
 THIRD_PARTY = {
     "cli.py": {"click"},
-    "engines": {"numpy", "click", "onnxruntime"},
+    "engines": {"numpy", "onnxruntime"},
     "runtime": {"numpy", "tokenizers", "PIL", "jinja2", "click", "rich", "onnxruntime"},
     "exporter": {"numpy", "tokenizers", "PIL", "rich", "onnxruntime", *EXPORT_ONLY} - {"peft"},
 }

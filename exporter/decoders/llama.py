@@ -10,18 +10,8 @@ from onnxscript import nn
 from llava_deploy.engines.contract import hidden_state_name
 from llava_deploy.exporter.blocks import Linear, OpBuilder, RMSNorm, activation, merge_heads, split_heads
 from llava_deploy.exporter.config import DecoderConfig
+from llava_deploy.exporter.decoders.interface import Cache, StepInputs
 from llava_deploy.exporter.rope import rope_tables
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """The graph's inputs beside the cache; the names are the contract's."""
-
-    inputs_embeds: ir.Value  # [batch, seq, hidden]
-    position_ids: ir.Value  # [batch, seq]
-    write_indices: ir.Value  # [batch]
-    attention_mask: ir.Value  # [batch, 1, seq, total]
-    last_index: ir.Value  # [batch]
 
 
 @dataclass(frozen=True)
@@ -32,14 +22,6 @@ class Step:
     total: ir.Value  # [1]
     cos: ir.Value  # [positions, head_dim / 2]
     sin: ir.Value  # [positions, head_dim / 2]
-
-
-@dataclass(frozen=True)
-class Cache:
-    """One layer's keys and values, each ``[batch, kv_heads, max_len, head_dim]``."""
-
-    key: ir.Value
-    value: ir.Value
 
 
 class SelfAttention(nn.Module):
@@ -115,11 +97,15 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         tied = config.tie_word_embeddings
         self.embed_tokens = Linear(config.hidden_size, config.vocab_size, False, dtype) if tied else None
-        tables = rope_tables(config.rope, config.head_dim, config.max_position_embeddings)
-        self.rope_tables = [ir.tensor(table.astype(dtype.numpy())) for table in tables]
+        self.config, self.dtype = config, dtype
 
     def forward(self, op: OpBuilder, inputs: StepInputs, past: list[Cache]) -> tuple[ir.Value, list[Cache]]:
-        cos, sin = (op.initializer(t, name=name) for t, name in zip(self.rope_tables, ("cos", "sin"), strict=True))
+        c = self.config
+        tables = rope_tables(c.rope, c.head_dim, c.max_position_embeddings)
+        cos, sin = (
+            op.initializer(ir.tensor(table.astype(self.dtype.numpy())), name=name)
+            for name, table in zip(("cos", "sin"), tables, strict=True)
+        )
         step = Step(inputs, op.Shape(inputs.attention_mask, start=3, end=4), cos, sin)
         x, present = inputs.inputs_embeds, []
         for index, layer in enumerate(self.layers):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from llava_deploy.engines.errors import CheckpointError
-from llava_deploy.engines.manifest import ChatRecipe
+from llava_deploy.engines.manifest import ChatRecipe, Conversation
 from llava_deploy.exporter.config import LlavaConfig
 from llava_deploy.exporter.layouts.fields import Fields
 from llava_deploy.exporter.recipes.tokenizer_file import (
@@ -16,7 +16,6 @@ from llava_deploy.exporter.recipes.tokenizer_file import (
     template_in,
 )
 
-Conversation = Literal["vicuna_v1", "llama_2", "mistral", "plain"]
 DEFAULT_CONVERSATION: Conversation = "vicuna_v1"
 ORIGINAL_PLACEHOLDER = "<image>"
 GENERATION_CONFIG = "generation_config.json"
@@ -94,7 +93,10 @@ def _template(directory: Path) -> str | None:
             return found
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: want text in UTF-8 ({error}); fetch the file again") from error
     return template_in(directory / TOKENIZER_CONFIG)
 
 

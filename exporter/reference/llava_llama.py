@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from llava_deploy.engines.contract import IMAGE_TOKEN_INDEX
 from llava_deploy.exporter.reference.meta import LlavaMetaForCausalLM, LlavaMetaModel
 from llava_deploy.exporter.reference.splice import SpliceOptions, features_per_image, splice
 
@@ -116,20 +117,17 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        embed = self.get_input_embeddings()
         if images is None or self.get_vision_tower() is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+            # Nothing is spliced or cut, but padding is moved. A row of text uses up one image's place: an empty one.
+            nothing = embed.weight.new_zeros(0, embed.weight.shape[1])
+            features = [nothing] * len(input_ids) if not (input_ids == IMAGE_TOKEN_INDEX).any() else []
+            splicing = SpliceOptions(None, "left")
         else:
-            spliced = splice(
-                input_ids,
-                None,
-                attention_mask,
-                None,
-                features_per_image(images, self.encode_images),
-                embed=self.get_input_embeddings(),
-                options=SpliceOptions(self.splice_options().model_max_length, "left"),
-            )
-            inputs_embeds, attention_mask = spliced.inputs_embeds, cast(torch.Tensor, spliced.attention_mask)
+            features = features_per_image(images, self.encode_images)
+            splicing = SpliceOptions(self.splice_options().model_max_length, "left")
+        spliced = splice(input_ids, None, attention_mask, None, features, embed=embed, options=splicing)
         tokens = super().generate(  # type: ignore[misc]  # transformers' protocol for `self` is wider than it needs
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options
+            inputs_embeds=spliced.inputs_embeds, attention_mask=spliced.attention_mask, **options
         )
         return cast(torch.Tensor, tokens)

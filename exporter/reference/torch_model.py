@@ -17,6 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from transformers.activations import ACT2FN
 from transformers.models.clip.modeling_clip import CLIPEncoder
 
+from llava_deploy.engines.errors import LlavaDeployError
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.config import DecoderConfig, LlavaConfig, ProjectorConfig, RopeConfig, VisionConfig
 from llava_deploy.exporter.halves import resolved_feature_layers
@@ -72,7 +73,9 @@ def _fill(
     state = {}
     for name, parameter in module.named_parameters():
         source = tensors.get(canonical(name))
-        if source is None:  # the post-layernorm, which no feature passes through
+        if source is None:
+            if "post_layernorm" not in name:  # which no feature passes through
+                raise LlavaDeployError(f"PyTorch's model wants {canonical(name)!r}, which was not read; this is a bug")
             state[name] = torch.zeros(parameter.shape, dtype=dtype)
         else:
             state[name] = torch.from_numpy(source.read().astype(np.float32)).to(dtype)

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
+from llava_deploy.engines.errors import InputError
 from llava_deploy.engines.manifest import MANIFEST_NAME, describe_file, read_manifest
 from llava_deploy.exporter.checkpoint import CheckpointOptions, open_checkpoint
 from llava_deploy.exporter.demo.scenes import Split, examples
@@ -55,6 +56,26 @@ def test_the_demo_bundle_passes(demo_checkpoint: Path, demo_bundle: Path) -> Non
     manifest = read_manifest(demo_bundle)
     assert sum(stage.kind == "decoder" for stage in report.stages) == manifest.decoder.layers
     json.dumps(report.to_dict())
+
+
+def test_a_stop_string_that_pytorch_does_not_know(demo_checkpoint: Path, demo_bundle: Path, tmp_path: Path) -> None:
+    """The runtime ends its answer there; PyTorch's goes on, and what both said is compared."""
+    shutil.copytree(demo_bundle, tmp_path / "bundle")
+    manifest = read_manifest(tmp_path / "bundle")
+    stop = EXAMPLE.answer[3:5]
+    chat = replace(manifest.chat, stop_strings=(stop,))
+    (tmp_path / "bundle" / MANIFEST_NAME).write_text(replace(manifest, chat=chat).to_json())
+    report = run(demo_checkpoint, tmp_path / "bundle")
+    assert report.ok, report.stages[-1]
+
+
+def test_a_checkpoint_of_other_sizes(demo_checkpoint: Path, demo_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(demo_bundle, tmp_path / "bundle")
+    manifest = read_manifest(tmp_path / "bundle")
+    other = replace(manifest.decoder, layers=manifest.decoder.layers - 1)
+    (tmp_path / "bundle" / MANIFEST_NAME).write_text(replace(manifest, decoder=other).to_json())
+    with pytest.raises(InputError, match="made from a model of other sizes"):
+        run(demo_checkpoint, tmp_path / "bundle")
 
 
 def test_fp16_passes_within_its_own_tolerance(demo_checkpoint: Path, tmp_path: Path) -> None:

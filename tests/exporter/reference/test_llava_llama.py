@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from llava_deploy.engines.errors import PromptError
 from llava_deploy.exporter.reference import LlavaLlamaForCausalLM
 
 MakeModel = Callable[..., LlavaLlamaForCausalLM]
@@ -83,6 +84,18 @@ def test_generate_without_images_or_mask(make_model: MakeModel) -> None:
     model, ids = make_model(), torch.tensor([[1, 5, 6]])
     got = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
     assert got.tolist() == [greedy(model, ids, None, 6)]
+
+
+def test_generate_without_images_equals_rows_alone(make_model: MakeModel) -> None:
+    model = make_model()
+    ids, mask = torch.tensor([[1, 5, 6, 7], [1, 9, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    got = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    assert got.tolist() == [greedy(model, ids[:1], None, 6), greedy(model, ids[1:, :2], None, 6)]
+
+
+def test_generate_with_an_image_token_and_no_image(make_model: MakeModel) -> None:
+    with pytest.raises(PromptError, match="row 0: 1 image tokens"):
+        make_model().generate(IDS[:1], max_new_tokens=2)
 
 
 def test_decode_with_images_and_a_past_equals_one_pass(make_model: MakeModel) -> None:
