@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from llava_deploy.engines.contract import IMAGE_TOKEN_INDEX
 from llava_deploy.exporter.demo.model import to_pixels
 from llava_deploy.exporter.demo.scenes import KINDS, Example, Split, chance, checkpoint_dir, examples, is_right
-from llava_deploy.exporter.demo.tokens import BOS, EOS, PAD, SYSTEM
+from llava_deploy.exporter.demo.tokens import BOS, EOS, PAD, SYSTEM, token_id
 from llava_deploy.exporter.reference import LlavaLlamaForCausalLM, from_checkpoint
 
 _LONGEST_ANSWER = 16  # tokens
@@ -42,7 +42,7 @@ def answers(
             pixels = torch.zeros_like(pixels)  # CLIP's mean colour
         rows = [_prompt(tokenizer, example.question) for example in part]
         longest = max(map(len, rows))
-        pad = tokenizer.token_to_id(PAD)
+        pad = token_id(tokenizer, PAD)
         input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         tokens = model.generate(
@@ -51,7 +51,7 @@ def answers(
             attention_mask=mask,
             max_new_tokens=_LONGEST_ANSWER,
             do_sample=False,
-            eos_token_id=tokenizer.token_to_id(EOS),
+            eos_token_id=token_id(tokenizer, EOS),
             pad_token_id=pad,
         )
         said += [text.strip() for text in tokenizer.decode_batch(tokens.tolist())]
@@ -71,7 +71,7 @@ def accuracy(
 def _prompt(tokenizer: Tokenizer, question: str) -> list[int]:
     before = tokenizer.encode(f"{SYSTEM} USER: ", add_special_tokens=False).ids
     after = tokenizer.encode(f"\n{question} ASSISTANT:", add_special_tokens=False).ids
-    return [tokenizer.token_to_id(BOS), *before, IMAGE_TOKEN_INDEX, *after]
+    return [token_id(tokenizer, BOS), *before, IMAGE_TOKEN_INDEX, *after]
 
 
 def main() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from llava_deploy.exporter.demo.tokens import BOS, EOS, IMAGE, LONGEST, PAD, VOCABULARY, save_tokenizer
-from llava_deploy.exporter.reference import LlavaLlamaConfig, LlavaLlamaForCausalLM, save_hf
+from llava_deploy.exporter.reference import CLIPVisionTower, LlavaLlamaConfig, LlavaLlamaForCausalLM, save_hf
 
 IMAGE_SIZE = 96
 PATCH = 16
@@ -55,10 +57,10 @@ def build_model(tokenizer: Tokenizer) -> LlavaLlamaForCausalLM:
         },
     )
     model = LlavaLlamaForCausalLM(config)
-    tower = model.get_model().vision_tower
+    tower = cast(CLIPVisionTower, model.get_vision_tower())
     tower.load_model()
     tower.requires_grad_(True)
-    for layer in model.get_model().mm_projector:
+    for layer in model.get_model().mm_projector.modules():
         if isinstance(layer, torch.nn.Linear):
             layer.reset_parameters()  # Llama's small weights would leave its GELU next to linear
     _tell_places_apart(tower)
@@ -83,7 +85,7 @@ def _tell_places_apart(tower: torch.nn.Module) -> None:
 def to_pixels(pictures: list[Image.Image]) -> torch.Tensor:
     """Pictures, all square, to pixels as CLIPImageProcessor makes them: float32 `[pictures, 3, height, width]`."""
     arrays = [np.asarray(picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)) for picture in pictures]
-    scaled = (np.stack(arrays).astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    scaled = (np.stack(arrays).astype(np.float32) / 255 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
     return torch.from_numpy(scaled.transpose(0, 3, 1, 2).copy())
 
 
@@ -128,5 +130,5 @@ def save_checkpoint(model: LlavaLlamaForCausalLM, tokenizer: Tokenizer, director
         _write(directory / name, content)
 
 
-def _write(path: Path, content: dict[str, object]) -> None:
+def _write(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

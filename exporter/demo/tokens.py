@@ -78,6 +78,18 @@ def train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token.
+
+    Raises:
+        ValueError: the vocabulary has no such token.
+    """
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise ValueError(f"want {token!r} in the tokenizer's vocabulary, found no such token")
+    return int(number)
+
+
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json, chat template included."""
     tokenizer.save(str(directory / "tokenizer.json"))
