@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from dataclasses import dataclass
@@ -11,7 +12,16 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from llava_deploy.engines.names import Precision
-from llava_deploy.runtime.command_group import PROGRAM, CommandLine, examples, options_as_one, quiet, remember, say
+from llava_deploy.runtime.command_group import (
+    PROGRAM,
+    CommandLine,
+    examples,
+    options_as_one,
+    quiet,
+    refuse_given,
+    remember,
+    say,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,12 +81,22 @@ class _Answering:
 
 
 def _load(bundle: Path, max_len: int | None, threads: int | None) -> Llava:
+    from llava_deploy.engines.manifest import read_manifest
     from llava_deploy.runtime import Llava
 
-    llava = Llava.load(bundle, max_len=max_len, threads=threads)
+    waiting: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if sys.stderr.isatty() and sum(entry.size for entry in read_manifest(bundle).files) > _LOADS_AT_ONCE:
+        from llava_deploy.runtime import terminal  # Rich takes its time: a small bundle is loaded before it is there
+
+        waiting = terminal.progress("loading", quiet=quiet())
+    with waiting:
+        llava = Llava.load(bundle, max_len=max_len, threads=threads)
     say(llava.backend)
     return llava
 
+
+_LOADS_AT_ONCE = 256 << 20
+"""Bytes: a bundle up to this size is loaded in less than a second."""
 
 _path = click.Path(path_type=Path)
 _source = options_as_one(
@@ -140,6 +160,7 @@ def inspect(source: _Source, as_json: bool) -> None:
     from llava_deploy.runtime import terminal
 
     if (source.directory / MANIFEST_NAME).is_file():
+        refuse_given("of no effect on a bundle", "vision_tower", "projector", "lora", "conversation")
         manifest = read_manifest(source.directory)
         terminal.show(dataclasses.asdict(manifest) if as_json else terminal.bundle_facts(source.directory, manifest))
         return
@@ -263,6 +284,8 @@ def evaluate(
     from llava_deploy.runtime import terminal
     from llava_deploy.runtime.evaluation import EvalOptions, Shown, evaluate, read_questions
 
+    if data is not None:
+        refuse_given("of no effect with --data, whose questions are all asked", "per_kind", "seed")
     options = EvalOptions(Shown.BLANK if blank else Shown.PICTURE, batch, max_new_tokens)
     questions = drawn_questions(per_kind, seed) if data is None else read_questions(data)
     chance = chances() if data is None else {}

@@ -1,4 +1,4 @@
-"""A click group whose errors are one line: on the ground floor, so that ``--help`` imports nothing of the rooms."""
+"""A click group whose errors are one line. It imports nothing of the rooms, so that ``--help`` comes at once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from llava_deploy.engines.errors import InputError, LlavaDeployError
 
@@ -47,6 +48,19 @@ def _one_line_errors(context: click.Context) -> Iterator[None]:
 
 def _report(message: str) -> None:
     click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+
+
+def refuse_given(reason: str, *names: str) -> None:
+    """Refuse options that were given on the command line and would have no effect.
+
+    Raises:
+        click.UsageError: one of ``names``, as the command's function calls them, was given.
+    """
+    context = click.get_current_context()
+    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise click.UsageError(f"{flags}: {reason}; leave it out.", context)
 
 
 def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:

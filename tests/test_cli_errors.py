@@ -37,6 +37,8 @@ ErrorLine = Callable[[Result], str]
         (["export", "CHECKPOINT", "-o", "out", "--conversation", "klingon"], 2, "vicuna_v1"),
         (["eval", "BUNDLE", "--per-kind", "0"], 2, "per-kind: want"),
         (["eval", "BUNDLE", "--data", "nowhere.jsonl"], 2, "nowhere.jsonl"),
+        (["eval", "BUNDLE", "--data", "nowhere.jsonl", "--seed", "3"], 2, "--seed: of no effect with --data"),
+        (["inspect", "BUNDLE", "--lora", "adapter"], 2, "--lora: of no effect on a bundle"),
         (["completion", "tcsh"], 2, "'bash', 'zsh', 'fish'"),
     ],
 )
