@@ -34,6 +34,9 @@ class FeatureCache:
         found = {digest: self._features[digest] for digest in wanted}
         while len(self._features) > FEATURES_KEPT:
             self._features.popitem(last=False)
+        for digest in unknown if len(unknown) > 1 else ():
+            if digest in self._features:  # as a view, it would keep the features of all that came with it
+                self._features[digest] = self._features[digest].copy()
         return found
 
 

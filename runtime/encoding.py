@@ -95,14 +95,18 @@ class PromptEncoder:
             PictureError: a picture that cannot be used.
         """
         began = time.perf_counter()
+        require_list("prompts", prompts, "texts")
         if not prompts:
             raise PromptError("prompts: want one at least, got none")
         rows: Sequence[Sequence[PictureSource]] = [()] * len(prompts) if images is None else images
+        require_list("images", rows, "lists of pictures, one list a prompt")
+        for index, row in enumerate(rows):
+            require_list(f"images of prompt {index}", row, "pictures")
         if len(rows) != len(prompts):
             raise PromptError(f"images: want one list of pictures a prompt, {len(prompts)}, got {len(rows)}")
         ids = [tokenize_prompt(prompt, self.tokenizer, self._manifest.chat) for prompt in prompts]
-        for index, (row, sources) in enumerate(zip(ids, rows, strict=True)):
-            self._check_row(index, row, len(sources), limit)
+        for index, (tokens, sources) in enumerate(zip(ids, rows, strict=True)):
+            self._check_row(index, tokens, len(sources), limit)
         tokenized = time.perf_counter() - began
         pictures = [[load_picture(source) for source in sources] for sources in rows]
         loaded = time.perf_counter() - began - tokenized
@@ -184,6 +188,16 @@ class PromptEncoder:
             else:
                 slots.append(token)
         return slots
+
+
+def require_list(name: str, value: object, kind: str) -> None:
+    """Refuse what would be taken apart: the characters of a text, the rows of a picture.
+
+    Raises:
+        PromptError: a text, bytes, or no sequence.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray | memoryview):
+        raise PromptError(f"{name}: want a list of {kind}, got {type(value).__name__}; put a single one into a list")
 
 
 def _load_tokenizer(bundle: Bundle) -> Tokenizer:

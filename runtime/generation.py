@@ -26,8 +26,8 @@ class GenerationLimits:
     stop_token_ids: frozenset[int]
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens: want 1 or more, got {self.max_new_tokens}")
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens: want 1 or more, got {self.max_new_tokens!r}")
 
 
 class Row:

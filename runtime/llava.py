@@ -69,15 +69,16 @@ class Llava:
         Raises:
             BundleError: the bundle is damaged or of another format.
             BackendError: the backend is not installed or cannot load the graphs.
-            InputError: ``max_len`` is outside what the model allows, or the backend is not known.
+            InputError: ``max_len`` is outside what the model allows, ``threads`` is no number of threads, or the
+                backend is not known.
         """
         if backend != "onnxruntime":
             raise InputError(f"backend: want 'onnxruntime', got {backend!r}")
         bundle = open_bundle(Path(path), integrity)
         shape = bundle.manifest.decoder
         slots = min(DEFAULT_MAX_LEN, shape.max_positions) if max_len is None else max_len
-        if not 1 <= slots <= shape.max_positions:
-            raise InputError(f"max_len: want 1 to {shape.max_positions}, the model's positions, got {slots}")
+        if type(slots) is not int or not 1 <= slots <= shape.max_positions:
+            raise InputError(f"max_len: want 1 to {shape.max_positions}, the model's positions, got {slots!r}")
         options = OnnxRuntimeOptions(threads)
         choice = choose_onnxruntime(bundle, onnxruntime_version(), integrity)
         vision = OnnxRuntimeVision(choice.vision, bundle.manifest.vision, options)
@@ -173,6 +174,10 @@ class Llava:
         self, batch: EncodedBatch, limits: GenerationLimits, sampling: SamplingOptions, stop: Sequence[str]
     ) -> tuple[Generation, int]:
         """Set up the run of a batch; how many tokens at its start the cache holds already."""
+        if isinstance(stop, str) or not isinstance(stop, Sequence):
+            raise InputError(f"stop: want a list of texts, got {stop!r}; put a single one into a list")
+        if not isinstance(sampling, SamplingOptions):
+            raise InputError(f"sampling: want SamplingOptions, got {type(sampling).__name__}; make one of its values")
         stops = (*self.manifest.chat.stop_strings, *stop)
         rows = [
             Row(TextStream(self.encoder.tokenizer, stops), history, length)

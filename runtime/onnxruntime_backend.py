@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llava_deploy.engines.contract import DecoderShape, VisionShape, past_name, present_name
-from llava_deploy.engines.errors import BackendError
+from llava_deploy.engines.errors import BackendError, InputError
 from llava_deploy.runtime.backend import step_mask, step_positions
 
 if TYPE_CHECKING:
     import onnxruntime
+
+
+_VERIFY = "do the bundle's manifest and graphs belong together? Hold it against its checkpoint: llava-deploy verify"
+MOST_THREADS = 1024
+"""ONNX Runtime starts as many as it is told to, and the process ends where the system gives no more."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,10 @@ class OnnxRuntimeOptions:
     """``threads``: of one operator; ``None`` takes one a physical core, as ONNX Runtime does."""
 
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and not (type(self.threads) is int and 1 <= self.threads <= MOST_THREADS):
+            raise InputError(f"threads: want 1 to {MOST_THREADS}, or None for one a core, got {self.threads!r}")
 
 
 def onnxruntime_version() -> str:
@@ -40,7 +49,10 @@ class OnnxRuntimeVision:
         """``[images, 3, height, width]`` to ``[images, patches, hidden]``; see :class:`VisionSession`."""
         feed = {"pixel_values": pixel_values.astype(self._shape.dtype, copy=False)}
         self._spec.check(feed)
-        features: np.ndarray = self._session.run(["image_features"], feed)[0]
+        try:
+            features: np.ndarray = self._session.run(["image_features"], feed)[0]
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed in the vision tower: {_cause(error)}; {_VERIFY}") from error
         return features
 
 
@@ -83,6 +95,8 @@ class OnnxRuntimeDecoder:
                 f"the KV cache of {batch} x {self.max_len} tokens wants {wanted:,} bytes, which the machine does not "
                 "have; load the bundle with a smaller max_len or give fewer prompts at once"
             ) from error
+        except RuntimeError as error:
+            raise BackendError(f"the decoder's cache cannot be bound: {_cause(error)}; {_VERIFY}") from error
         self._batch = batch
 
     def step(self, inputs_embeds: np.ndarray, write_indices: np.ndarray, last_index: np.ndarray) -> np.ndarray:
@@ -102,7 +116,7 @@ class OnnxRuntimeDecoder:
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in the decoder: {error}") from error
+            raise BackendError(f"ONNX Runtime failed in the decoder: {_cause(error)}; {_VERIFY}") from error
         return self._logits
 
     def _value(self, array: np.ndarray) -> onnxruntime.OrtValue:
@@ -110,17 +124,21 @@ class OnnxRuntimeDecoder:
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
 
+def _cause(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _open(model: Path, options: OnnxRuntimeOptions) -> onnxruntime.InferenceSession:
     ort = _import()
     settings = ort.SessionOptions()
-    settings.log_severity_level = 3  # errors: its warnings are of the graph's making, not the user's
+    settings.log_severity_level = 4  # its errors come as exceptions, its warnings are of the graph's making
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
     try:
         return ort.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise BackendError(
-            f"{model}: ONNX Runtime {ort.__version__} cannot load it: {error}; want version 1.25 or later"
+            f"{model}: ONNX Runtime {ort.__version__} cannot load it: {_cause(error)}; want version 1.25 or later"
         ) from error
 
 

@@ -44,8 +44,10 @@ class SamplingOptions:
             raise InputError(f"top_k: want a whole number, 1 or more, or None for no limit, got {self.top_k!r}")
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise InputError(f"top_p: want a number above 0 and up to 1, or None for no limit, got {self.top_p!r}")
-        if not (_is_number(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise InputError(f"repetition_penalty: want a number above 0 (1 is none), got {self.repetition_penalty!r}")
+        if not (_is_number(self.repetition_penalty) and 1e-6 <= self.repetition_penalty <= 1e6):
+            raise InputError(
+                f"repetition_penalty: want a number from 1e-6 to 1e6 (1 is none), got {self.repetition_penalty!r}"
+            )
         if self.seed is not None and not (type(self.seed) is int and self.seed >= 0):
             raise InputError(f"seed: want a whole number, 0 or more, or None, got {self.seed!r}")
 
@@ -130,7 +132,8 @@ def distribution(scores: np.ndarray, options: SamplingOptions) -> tuple[np.ndarr
         least = np.partition(scores, -options.top_k)[-options.top_k]
         ids = np.flatnonzero(scores >= least)
     kept = scores[ids].astype(np.float64)
-    weights = np.exp((kept - kept.max()) / options.temperature)
+    with np.errstate(over="ignore"):  # next to no temperature makes a gap infinite, and its weight 0
+        weights = np.exp((kept - kept.max()) / options.temperature)
     if options.top_p is not None and options.top_p < 1:
         chosen = _top_p(weights, options.top_p)
         ids, weights = ids[chosen], weights[chosen]

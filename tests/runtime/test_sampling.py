@@ -162,6 +162,8 @@ def test_rows_must_match():
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": 1e300},
         {"repetition_penalty": float("inf")},
         {"seed": -1},
         {"seed": 1.5},
