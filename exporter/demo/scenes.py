@@ -6,7 +6,8 @@ about it (cell, shape and colour of every object) is its *layout*; jitter, sizes
 * **Never seen in training**: a layout belongs to one split, decided by its sha256, and `random_scene` hands out only
   layouts of the split it is asked for.  No held-out layout can occur in training, in any rendering.
 * **Answers need the picture**: `examples` picks the answer first, every answer of a kind equally often, and then looks
-  for a scene that fits.  Given a question's text every answer of its kind is equally likely, so `chance(kind)` is exact and whoever cannot see the picture does not beat it.
+  for a scene that fits.  Given a question's text every answer of its kind is equally likely, so
+  `chance(kind)` is exact and whoever cannot see the picture does not beat it.
 
 Pillow and the standard library only: a machine without torch measures a bundle with this module.  Random numbers come
 from `random.Random`, so a seed gives the same scenes on every platform.
