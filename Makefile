@@ -3,8 +3,7 @@
 #   make demo                        the whole way, on the tiny model that ships with the package
 #   make test                        lint, types and tests: what CI runs
 #   make test PYTHON=python3.12      with another Python
-#   make demo PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
-#                                    spares the CUDA libraries where the package index has only PyTorch's CUDA build
+#   make demo PIP_FLAGS='…'          flags for pip: PyTorch's CPU index, say, where yours has only the CUDA build
 
 PYTHON ?= python3
 VENV ?= .venv
