@@ -24,6 +24,10 @@ OPSET_VERSION = 24
 
 IR_VERSION = 11
 HIDDEN_STATES = "hidden_states."
+FLOATS = ("float32", "float16")
+"""What the graphs compute in."""
+
+_LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,14 @@ def present_name(layer: int, part: str) -> str:
     return f"present.{layer}.{part}"
 
 
+def _require_shape(graph: str, shape: VisionShape | DecoderShape) -> None:
+    for name, value in vars(shape).items():
+        if name == "dtype" and value not in FLOATS:
+            raise ContractError(f"graph {graph!r}, dtype: want {' or '.join(FLOATS)}, got {value!r}")
+        if name != "dtype" and not 1 <= value <= _LARGEST:
+            raise ContractError(f"graph {graph!r}, {name}: want 1 to {_LARGEST}, got {value!r:.40}")
+
+
 @dataclass(frozen=True)
 class VisionShape:
     """What fixes the vision graph's shapes: pixels, the features of one picture, and the graph's float dtype."""
@@ -122,6 +134,9 @@ class VisionShape:
     image_width: int
     patches: int
     hidden_size: int
+
+    def __post_init__(self) -> None:
+        _require_shape("vision", self)
 
     def spec(self, max_images: int = 64) -> GraphSpec:
         """``pixel_values [images, 3, height, width]`` to ``image_features [images, patches, hidden]``."""
@@ -141,6 +156,9 @@ class DecoderShape:
     head_dim: int
     vocab_size: int
     max_positions: int
+
+    def __post_init__(self) -> None:
+        _require_shape("decoder", self)
 
     def spec(self, max_batch: int = 64) -> GraphSpec:
         """The decoder's contract.

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from llava_deploy.engines.contract import DecoderShape, VisionShape
-from llava_deploy.engines.errors import BundleError
+from llava_deploy.engines.errors import BundleError, ContractError
 from llava_deploy.engines.names import Conversation, Precision
 
 FORMAT_VERSION = 1
@@ -26,6 +27,8 @@ DECODER_GRAPH = "decoder.onnx"
 EMBEDDING_TABLE = "embed_tokens.npy"
 TOKENIZER = "tokenizer.json"
 _CHUNK = 1 << 20
+_LAST_FILTER = 5  # of Pillow's
+_LONGEST_SIDE = 1 << 16  # pixels
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,19 @@ class ImageRecipe:
     rescale_factor: float | None
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None
+
+    def __post_init__(self) -> None:
+        sides = [*(self.resize or ())[1:], *(self.crop or ())]
+        wrong = {
+            "resize": self.resize is not None and self.resize[0] != {2: "shortest_edge", 3: "exact"}[len(self.resize)],
+            "resample": not 0 <= self.resample <= _LAST_FILTER,
+            "pad_color": not all(0 <= value <= 255 for value in self.pad_color),
+            "std": self.std is not None and 0 in self.std,
+            "resize and crop": not all(isinstance(side, int) and 1 <= side <= _LONGEST_SIDE for side in sides),
+        }
+        for name, is_wrong in wrong.items():
+            if is_wrong:
+                raise ContractError(f"image recipe: {name} holds what no picture can be prepared with: {self}")
 
 
 @dataclass(frozen=True)
@@ -169,7 +185,7 @@ def read_manifest(bundle: Path) -> Manifest:
         )
     try:
         manifest: Manifest = from_plain(Manifest, data, "manifest")
-    except (TypeError, OverflowError) as error:
+    except (TypeError, OverflowError, ContractError) as error:
         raise BundleError(f"{where}: {error}; export the bundle again") from error
     seen: set[str] = set()
     for entry in manifest.files:
@@ -220,8 +236,11 @@ def from_plain(want: Any, value: Any, where: str) -> Any:
                 return from_plain(option, value, where)
     elif origin is Literal and value in args:
         return value
-    elif type(value) is want or (want is float and type(value) is int):
-        return want(value) if want is float else value
+    elif want is float and type(value) in (int, float):
+        if math.isfinite(number := float(value)):
+            return number
+    elif type(value) is want:
+        return value
     raise TypeError(f"{where}: want {want}, found {value!r:.80}")
 
 

@@ -7,6 +7,7 @@ latter's layouts are for the processor that it ran on.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from llava_deploy.engines.engine_manifest import (
     read_engine_manifest,
     source_digest,
 )
-from llava_deploy.engines.errors import BackendError, BundleError
+from llava_deploy.engines.errors import BackendError, BundleError, LlavaDeployError
 from llava_deploy.engines.integrity import Integrity, check_files
-from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, describe_file, read_manifest
-from llava_deploy.engines.staging import staged_directory
+from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest, describe_file, read_manifest
+from llava_deploy.engines.staging import staged_directory, write_error
 
 _EXTERNAL_FROM = 1024  # bytes: smaller constants stay inside the graph
 
@@ -39,6 +40,7 @@ def build_onnxruntime(bundle: Path, *, replace: bool = False, on_graph: Callable
     Raises:
         BundleError: the bundle is damaged.
         BackendError: ONNX Runtime is missing or refuses a graph.
+        LlavaDeployError: the bundle's directory cannot be written to, or its disk is full.
     """
     manifest = read_manifest(bundle)
     check_files(bundle, manifest.files, Integrity.FULL, remedy="export the bundle again")
@@ -52,29 +54,51 @@ def build_onnxruntime(bundle: Path, *, replace: bool = False, on_graph: Callable
     output = bundle / key.directory
     if not replace and _is_current(output, key):
         return output
-    with staged_directory(output, replace=True) as staging:
-        paths = []
-        for name in (VISION_GRAPH, DECODER_GRAPH):
-            on_graph(name)
-            settings = onnxruntime.SessionOptions()
-            settings.log_severity_level = 3
-            settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-            settings.optimized_model_filepath = str(staging / name)
-            external = f"{name}.data"
-            prefix = "session.optimized_model_external_initializers"
-            settings.add_session_config_entry(f"{prefix}_file_name", external)
-            settings.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_EXTERNAL_FROM))
-            try:
-                onnxruntime.InferenceSession(str(bundle / name), settings, providers=["CPUExecutionProvider"])
-            except Exception as error:
-                raise BackendError(
-                    f"{bundle / name}: ONNX Runtime {onnxruntime.__version__} cannot build it: {error}"
-                ) from error
-            paths += [path for path in (name, external) if (staging / path).exists()]
-        files = tuple(describe_file(staging, path) for path in paths)
-        text = EngineManifest(ENGINE_FORMAT_VERSION, key, files).to_json()
-        (staging / ENGINE_MANIFEST).write_text(text, encoding="utf-8")
+    _require_space(bundle, manifest)
+    try:
+        with staged_directory(output, replace=True) as staging:
+            _build(bundle, key, staging, on_graph)
+    except OSError as error:
+        raise write_error(output, error) from error
     return output
+
+
+def _build(bundle: Path, key: EngineKey, staging: Path, on_graph: Callable[[str], None]) -> None:
+    import onnxruntime
+
+    paths = []
+    for name in (VISION_GRAPH, DECODER_GRAPH):
+        on_graph(name)
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 4  # its errors come as exceptions
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        settings.optimized_model_filepath = str(staging / name)
+        external = f"{name}.data"
+        prefix = "session.optimized_model_external_initializers"
+        settings.add_session_config_entry(f"{prefix}_file_name", external)
+        settings.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_EXTERNAL_FROM))
+        try:
+            onnxruntime.InferenceSession(str(bundle / name), settings, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            cause = " ".join(str(error).split())
+            raise BackendError(
+                f"{bundle / name}: ONNX Runtime {onnxruntime.__version__} cannot build it: {cause}; want 1.25 or later"
+            ) from error
+        paths += [path for path in (name, external) if (staging / path).exists()]
+    files = tuple(describe_file(staging, path) for path in paths)
+    text = EngineManifest(ENGINE_FORMAT_VERSION, key, files).to_json()
+    (staging / ENGINE_MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _require_space(bundle: Path, manifest: Manifest) -> None:
+    """An engine is as large as the graphs that it is made from."""
+    wanted = sum(entry.size for entry in manifest.files if ".onnx" in entry.path)
+    free = shutil.disk_usage(bundle).free
+    if free < wanted:
+        raise LlavaDeployError(
+            f"{bundle}: the disk is full: the engine wants {wanted:,} bytes, {free:,} are free; "
+            "free some space, or run the bundle without an engine"
+        )
 
 
 def _is_current(directory: Path, key: EngineKey) -> bool:

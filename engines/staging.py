@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from llava_deploy.engines.errors import LlavaDeployError
 
 _LOCK, _CONTENT, _ASIDE = "lock", "new", "old"
 
@@ -36,6 +39,21 @@ def staged_directory(output: Path, *, replace: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         os.close(lock)
+
+
+def write_error(output: Path, error: OSError) -> LlavaDeployError:
+    """What to tell of a system error while ``output`` was being written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return LlavaDeployError(
+            f"{output}: the disk is full, nothing was written; free some space or choose another disk"
+        )
+    if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and output.is_dir():
+        return LlavaDeployError(
+            f"{output}: another process wrote it in the meantime, and it stays as it is; "
+            "use that, or replace it with --force"
+        )
+    at = "" if error.filename is None else f" at {error.filename}"
+    return LlavaDeployError(f"{output}: not written ({error.strerror or error}{at}); choose another directory")
 
 
 def _create(output: Path) -> tuple[Path, int]:
@@ -81,11 +99,17 @@ def _lock(directory: Path, create: int = 0) -> int | None:
     """Lock a staging directory for as long as this process lives; ``None`` where another has it, or it is not one."""
     try:
         handle = os.open(directory / _LOCK, os.O_RDWR | create, 0o600)
+    except FileNotFoundError:
+        return None
     except OSError:
+        if create:
+            raise
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if create and not isinstance(error, BlockingIOError):
+            return handle  # a file system without locks: a sweeper gets none either, and leaves everything alone
         os.close(handle)
         return None
     return handle

@@ -28,7 +28,7 @@ from llava_deploy.engines.manifest import (
     describe_file,
 )
 from llava_deploy.engines.names import Precision
-from llava_deploy.engines.staging import staged_directory
+from llava_deploy.engines.staging import staged_directory, write_error
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.config import EMBED_TOKENS, LlavaConfig
 from llava_deploy.exporter.graphs import Graphs, build_graphs
@@ -61,7 +61,7 @@ def export(
     Raises:
         InputError: ``output`` exists and ``replace`` is false.
         CheckpointError: a weight is NaN, infinite, or outside the range of the precision.
-        LlavaDeployError: the disk is full.
+        LlavaDeployError: the disk is full, or ``output`` cannot be written.
     """
     _require_free_name(output, replace=replace)
     graphs = build_graphs(checkpoint.config, precision)
@@ -79,7 +79,7 @@ def export(
             return _write(checkpoint, graphs, precision, staging, progress)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            raise write_error(output, error) from error
         raise LlavaDeployError(
             f"{output}: the disk is full, nothing was written; {_bytes_wanted(checkpoint, graphs):,} bytes are wanted: "
             "free some space or choose another disk"

@@ -149,14 +149,14 @@ class PromptEncoder:
         model_max = self._manifest.splice.model_max_length
         if model_max is not None and model_max < limit:
             if length > model_max:
-                self._refuse_length(index, length, f"the model's tokenizer_model_max_length is {model_max}")
+                self._refuse_length(index, length, pictures, f"the model's tokenizer_model_max_length is {model_max}")
         elif length > limit:
-            self._refuse_length(index, length, f"the context holds {limit}")
+            self._refuse_length(index, length, pictures, f"the context holds {limit}")
 
-    def _refuse_length(self, index: int, length: int, limit: str) -> NoReturn:
-        patches = self._manifest.vision.patches
+    def _refuse_length(self, index: int, length: int, pictures: int, limit: str) -> NoReturn:
+        each = f" ({self._manifest.vision.patches} a picture)" if pictures else ""
         raise PromptError(
-            f"prompt {index}: {length} tokens ({patches} a picture), but {limit}; shorten it, give fewer pictures, "
+            f"prompt {index}: {length} tokens{each}, but {limit}; shorten it, give fewer pictures, "
             "or load the bundle with a larger max_len where the model allows"
         )
 

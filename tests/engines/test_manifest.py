@@ -169,24 +169,26 @@ def test_describe_file(tmp_path: Path) -> None:
 
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 whole = st.integers(0, 2**53)
+size, side, level = st.integers(1, 2**31 - 1), st.integers(1, 2**16), st.integers(0, 255)
+dtype = st.sampled_from(["float32", "float16"])
 fraction = st.floats(allow_nan=False, allow_infinity=False)
 rgb = st.none() | st.tuples(fraction, fraction, fraction)
 manifests = st.builds(
     Manifest,
     format_version=st.just(FORMAT_VERSION),
     model=st.builds(ModelCard, text, text, text, text, text, st.sampled_from(["fp32", "fp16"]), whole),
-    vision=st.builds(VisionShape, text, whole, whole, whole, whole),
-    decoder=st.builds(DecoderShape, text, *[whole] * 6),
+    vision=st.builds(VisionShape, dtype, size, size, size, size),
+    decoder=st.builds(DecoderShape, dtype, *[size] * 6),
     image=st.builds(
         ImageRecipe,
         pad_to_square=st.booleans(),
-        pad_color=st.tuples(whole, whole, whole),
-        resize=st.none() | st.tuples(text, whole) | st.tuples(text, whole, whole),
-        resample=whole,
-        crop=st.none() | st.tuples(whole, whole),
+        pad_color=st.tuples(level, level, level),
+        resize=st.none() | st.tuples(st.just("shortest_edge"), side) | st.tuples(st.just("exact"), side, side),
+        resample=st.integers(0, 5),
+        crop=st.none() | st.tuples(side, side),
         rescale_factor=st.none() | fraction,
         mean=rgb,
-        std=rgb,
+        std=rgb.filter(lambda value: value is None or 0 not in value),
     ),
     chat=st.builds(
         ChatRecipe,
