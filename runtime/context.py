@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Sequence
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 FEATURES_KEPT = 16
 """Pictures whose features are kept; the one used longest ago goes first."""
 
 
 class FeatureCache:
-    """Image features by picture, so that a picture of an earlier turn is not encoded again."""
+    """Image features ``[patches, hidden]`` by picture digest: a picture of an earlier turn is not encoded again."""
 
     def __init__(self) -> None:
         self._features: OrderedDict[bytes, np.ndarray] = OrderedDict()
 
-    def features(
-        self, wanted: Mapping[bytes, Image.Image], encode: Callable[[list[Image.Image]], np.ndarray]
-    ) -> dict[bytes, np.ndarray]:
-        """Features ``[patches, hidden]`` of pictures by digest; ``encode`` gets the unknown ones, in one call."""
-        unknown = [digest for digest in wanted if digest not in self._features]
-        if unknown:
-            encoded = encode([wanted[digest] for digest in unknown])  # [unknown, patches, hidden]
-            self._features.update(zip(unknown, encoded, strict=True))
-        for digest in wanted:
+    def get(self, digest: bytes) -> np.ndarray | None:
+        """What is known of a picture."""
+        if digest in self._features:
             self._features.move_to_end(digest)
-        found = {digest: self._features[digest] for digest in wanted}
+        return self._features.get(digest)
+
+    def put(self, digest: bytes, features: np.ndarray) -> None:
+        """Keep a picture's features, in an array of their own: a view would keep all that was encoded with it."""
+        self._features[digest] = features.copy()
         while len(self._features) > FEATURES_KEPT:
             self._features.popitem(last=False)
-        for digest in unknown if len(unknown) > 1 else ():
-            if digest in self._features:  # as a view, it would keep the features of all that came with it
-                self._features[digest] = self._features[digest].copy()
-        return found
 
 
 class CachedContext:

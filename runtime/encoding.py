@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from itertools import chain
 
 import numpy as np
 from PIL import Image
@@ -46,6 +46,20 @@ class EncodedBatch:
     splice_seconds: float
 
 
+class _Laps:
+    """A stopwatch over the parts of one call, which take turns."""
+
+    def __init__(self) -> None:
+        self.seconds = {"preprocess": 0.0, "vision": 0.0, "splice": 0.0}
+        self._began = time.perf_counter()
+
+    def end(self, part: str) -> None:
+        """What passed since the last lap was this part's."""
+        now = time.perf_counter()
+        self.seconds[part] += now - self._began
+        self._began = now
+
+
 class PromptEncoder:
     """Tokenizer, embedding table and vision graph of a bundle, with the features of the last pictures."""
 
@@ -55,7 +69,6 @@ class PromptEncoder:
         self._features = FeatureCache()
         self._table = _load_table(bundle)
         self.tokenizer = _load_tokenizer(bundle)
-        self._preprocess_seconds = 0.0
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """int64 ids ``[n]`` to embeddings ``[n, hidden]``.
@@ -94,7 +107,7 @@ class PromptEncoder:
             PromptError: no prompt, more or fewer pictures than placeholders, or a prompt longer than the context.
             PictureError: a picture that cannot be used.
         """
-        began = time.perf_counter()
+        laps = _Laps()
         require_list("prompts", prompts, "texts")
         if not prompts:
             raise PromptError("prompts: want one at least, got none")
@@ -105,38 +118,50 @@ class PromptEncoder:
         if len(rows) != len(prompts):
             raise PromptError(f"images: want one list of pictures a prompt, {len(prompts)}, got {len(rows)}")
         ids = [tokenize_prompt(prompt, self.tokenizer, self._manifest.chat) for prompt in prompts]
-        for index, (tokens, sources) in enumerate(zip(ids, rows, strict=True)):
-            self._check_row(index, tokens, len(sources), limit)
-        tokenized = time.perf_counter() - began
+        lengths = [
+            self._checked_length(index, tokens, len(sources), limit)
+            for index, (tokens, sources) in enumerate(zip(ids, rows, strict=True))
+        ]
+        laps.end("splice")
         pictures = [[load_picture(source) for source in sources] for sources in rows]
-        loaded = time.perf_counter() - began - tokenized
-        self._preprocess_seconds = 0.0
-        at = time.perf_counter()
         digests = [[picture_digest(picture) for picture in row] for row in pictures]
-        wanted = {d: p for found, row in zip(digests, pictures, strict=True) for d, p in zip(found, row, strict=True)}
-        features = self._features.features(wanted, self._encode_pictures)
-        vision = time.perf_counter() - at - self._preprocess_seconds
-        at = time.perf_counter()
-        inputs_embeds, lengths = self._splice(ids, [[features[d] for d in row] for row in digests])
+        laps.end("preprocess")
+        features = self._features_of(dict(zip(chain(*digests), chain(*pictures), strict=True)), laps)
+        inputs_embeds = self._splice(ids, [[features[digest] for digest in row] for row in digests])
         slots = self._slots(ids[0], digests[0])
+        laps.end("splice")
         return EncodedBatch(
             inputs_embeds=inputs_embeds,
-            lengths=lengths,
+            lengths=np.array(lengths),
             text_ids=[row[row != IMAGE_TOKEN_INDEX].tolist() for row in ids],
             slots=slots,
-            preprocess_seconds=loaded + self._preprocess_seconds,
-            vision_seconds=vision,
-            splice_seconds=tokenized + time.perf_counter() - at,
+            preprocess_seconds=laps.seconds["preprocess"],
+            vision_seconds=laps.seconds["vision"],
+            splice_seconds=laps.seconds["splice"],
         )
 
-    def _encode_pictures(self, pictures: list[Image.Image]) -> np.ndarray:
-        began = time.perf_counter()
-        pixels = self.pixels(pictures)
-        self._preprocess_seconds = time.perf_counter() - began
-        groups = [pixels[at : at + PICTURES_AT_ONCE] for at in range(0, len(pixels), PICTURES_AT_ONCE)]
-        return np.concatenate([self.vision.encode(group) for group in groups])  # [pictures, patches, hidden]
+    def _features_of(self, pictures: Mapping[bytes, Image.Image], laps: _Laps) -> dict[bytes, np.ndarray]:
+        """Features ``[patches, hidden]`` of each picture; those not known are encoded, some at a time."""
+        known = {digest: self._features.get(digest) for digest in pictures}
+        found = {digest: features for digest, features in known.items() if features is not None}
+        unknown = [digest for digest in pictures if digest not in found]
+        for at in range(0, len(unknown), PICTURES_AT_ONCE):
+            group = unknown[at : at + PICTURES_AT_ONCE]
+            pixels = self.pixels([pictures[digest] for digest in group])
+            laps.end("preprocess")
+            encoded = self.vision.encode(pixels)  # [group, patches, hidden]
+            for digest, features in zip(group, encoded, strict=True):
+                found[digest] = features
+                self._features.put(digest, features)
+            laps.end("vision")
+        return found
 
-    def _check_row(self, index: int, ids: np.ndarray, pictures: int, limit: int) -> None:
+    def _checked_length(self, index: int, ids: np.ndarray, pictures: int, limit: int) -> int:
+        """Tokens of a row once its pictures are in it.
+
+        Raises:
+            PromptError: empty, more or fewer pictures than placeholders, or longer than what is allowed.
+        """
         placeholders = int((ids == IMAGE_TOKEN_INDEX).sum())
         if placeholders != pictures:
             raise PromptError(
@@ -145,37 +170,32 @@ class PromptEncoder:
             )
         if not len(ids):
             raise PromptError(f"prompt {index}: want text or a picture, got nothing")
-        length = len(ids) + placeholders * (self._manifest.vision.patches - 1)
+        patches = self._manifest.vision.patches
+        length = len(ids) + placeholders * (patches - 1)
         model_max = self._manifest.splice.model_max_length
-        if model_max is not None and model_max < limit:
-            if length > model_max:
-                self._refuse_length(index, length, pictures, f"the model's tokenizer_model_max_length is {model_max}")
-        elif length > limit:
-            self._refuse_length(index, length, pictures, f"the context holds {limit}")
+        found = f"prompt {index}: {length} tokens" + (f" ({patches} a picture)" if pictures else "")
+        if model_max is not None and length > model_max:
+            raise PromptError(
+                f"{found}, but the model's tokenizer_model_max_length is {model_max}; shorten it or give fewer pictures"
+            )
+        if length > limit:
+            raise PromptError(
+                f"{found}, but the context holds {limit}; shorten it, give fewer pictures, or load the bundle with a "
+                "larger max_len where the model allows"
+            )
+        return length
 
-    def _refuse_length(self, index: int, length: int, pictures: int, limit: str) -> NoReturn:
-        each = f" ({self._manifest.vision.patches} a picture)" if pictures else ""
-        raise PromptError(
-            f"prompt {index}: {length} tokens{each}, but {limit}; shorten it, give fewer pictures, "
-            "or load the bundle with a larger max_len where the model allows"
-        )
-
-    def _splice(self, ids: list[np.ndarray], features: list[list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    def _splice(self, ids: list[np.ndarray], features: list[list[np.ndarray]]) -> np.ndarray:
         longest = max(len(row) for row in ids)
         batch = np.zeros((len(ids), longest), np.int64)
         mask = np.zeros((len(ids), longest), bool)
         for index, row in enumerate(ids):
             batch[index, : len(row)] = row
             mask[index, : len(row)] = True
-        lengths = [
-            int((row != IMAGE_TOKEN_INDEX).sum()) + sum(map(len, found))
-            for row, found in zip(ids, features, strict=True)
-        ]
         # In the splice, a row of text uses up one image's place: give it one that is empty.
         empty = np.zeros((0, self._table.shape[1]), self._table.dtype)
         runs = [run for row in features for run in (row or [empty])]
-        spliced = splice(batch, None, mask, None, runs, embed=self.embed, options=SpliceOptions())
-        return spliced.inputs_embeds, np.array(lengths)
+        return splice(batch, None, mask, None, runs, embed=self.embed, options=SpliceOptions()).inputs_embeds
 
     def _slots(self, ids: np.ndarray, digests: list[bytes]) -> list[Hashable]:
         patches = range(self._manifest.vision.patches)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_deploy.engines.errors import InputError
+from llava_deploy.engines.errors import InputError, LlavaDeployError
 from llava_deploy.runtime.answers import FinishReason
 from llava_deploy.runtime.backend import DecoderSession
 from llava_deploy.runtime.sampling import Sampler
@@ -58,22 +58,34 @@ class Row:
         elif self.length == max_len:
             self._finish("context")
 
+    def ended(self) -> FinishReason:
+        """Why it ended.
+
+        Raises:
+            LlavaDeployError: it has not.
+        """
+        if self.finish_reason is None:
+            raise LlavaDeployError("an answer was taken before it had ended; this is a bug in llava-deploy")
+        return self.finish_reason
+
     def _finish(self, reason: FinishReason) -> None:
-        self.finish_reason = reason
         self.new_text.append(self.text.flush())
+        # What was held back may have been the whole of a stop string.
+        self.finish_reason = "stop" if self.text.finished else reason
 
 
 class Generation:
     """The run of one batch.
 
     ``prefill_seconds`` and ``decode_seconds`` are set as it goes; time between steps, when the caller has the tokens,
-    is not in them.
+    is not in them. ``first_token_at`` is the reading of ``time.perf_counter`` when the first token was chosen.
     """
 
     def __init__(self, decoder: DecoderSession, sampler: Sampler, limits: GenerationLimits, rows: list[Row]) -> None:
         self.rows = rows
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
+        self.first_token_at = 0.0
         self._decoder = decoder
         self._sampler = sampler
         self._limits = limits
@@ -96,7 +108,8 @@ class Generation:
         began = time.perf_counter()
         lengths = np.array([row.length for row in self.rows])
         chosen = self._choose(prefill(self._decoder, inputs_embeds, reused, lengths - reused))
-        self.prefill_seconds = time.perf_counter() - began
+        self.first_token_at = time.perf_counter()
+        self.prefill_seconds = self.first_token_at - began
         yield
         last_index = np.zeros(len(self.rows), np.int64)
         while any(row.finish_reason is None for row in self.rows):

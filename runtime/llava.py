@@ -116,15 +116,14 @@ class Llava:
         limits = GenerationLimits(max_new_tokens, frozenset(self.manifest.chat.stop_token_ids))
         batch = self.encoder.encode(prompts, images, self.decoder.max_len)
         generation, reused = self._start(batch, limits, sampling, stop)
-        first = None
         for _ in self._steps(generation, batch, reused, self._call):
-            first = time.perf_counter() - began if first is None else first
+            pass
         return [
             Answer(
                 token_ids=tuple(row.new_tokens),
                 text="".join(row.new_text),
-                finish_reason=row.finish_reason or "length",
-                timings=_timings(generation, batch, index, reused, first or 0.0, len(row.new_tokens)),
+                finish_reason=row.ended(),
+                timings=_timings(generation, batch, index, reused, began),
             )
             for index, row in enumerate(generation.rows)
         ]
@@ -221,30 +220,27 @@ class Llava:
         self, generation: Generation, batch: EncodedBatch, reused: int, began: float, call: int
     ) -> Iterator[Piece]:
         row = generation.rows[0]
-        first, tokens, texts = 0.0, 0, 0
+        tokens, texts = 0, 0
         for _ in self._steps(generation, batch, reused, call):
-            first = first or time.perf_counter() - began
             text = "".join(row.new_text[texts:])
             if not text and row.finish_reason is None:
                 continue  # half a character, or the beginning of a stop string
             texts = len(row.new_text)
             ids, tokens = tuple(row.new_tokens[tokens:]), len(row.new_tokens)
             done = row.finish_reason is not None
-            timings = _timings(generation, batch, 0, reused, first, tokens) if done else None
+            timings = _timings(generation, batch, 0, reused, began) if done else None
             yield Piece(ids, text, row.finish_reason, timings)
 
 
-def _timings(
-    generation: Generation, batch: EncodedBatch, row: int, reused: int, ttft: float, new_tokens: int
-) -> Timings:
+def _timings(generation: Generation, batch: EncodedBatch, row: int, reused: int, began: float) -> Timings:
     return Timings(
         preprocess=batch.preprocess_seconds,
         vision=batch.vision_seconds,
         splice=batch.splice_seconds,
         prefill=generation.prefill_seconds,
         decode=generation.decode_seconds,
-        ttft=ttft,
+        ttft=generation.first_token_at - began,
         prompt_tokens=int(batch.lengths[row]),
         reused_tokens=reused,
-        new_tokens=new_tokens,
+        new_tokens=len(generation.rows[row].new_tokens),
     )

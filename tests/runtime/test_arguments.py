@@ -86,6 +86,8 @@ def test_features_that_are_kept_keep_nothing_else() -> None:
     """What a hundred pictures at once came out as goes, but for the last ones."""
     cache = FeatureCache()
     encoded = np.zeros((100, 4, 8), np.float32)
-    cache.features({bytes([index]): PICTURE for index in range(100)}, lambda _: encoded)
-    kept = cache.features({bytes([99]): PICTURE, bytes([100 - FEATURES_KEPT]): PICTURE}, lambda _: encoded[:0])
-    assert all(not np.shares_memory(features, encoded) for features in kept.values())
+    for index, features in enumerate(encoded):
+        cache.put(bytes([index]), features)
+    kept = [cache.get(bytes([index])) for index in range(100)]
+    assert [index for index, features in enumerate(kept) if features is not None] == [*range(100 - FEATURES_KEPT, 100)]
+    assert all(not np.shares_memory(features, encoded) for features in kept if features is not None)
