@@ -202,12 +202,14 @@ def _open_torch(path: Path) -> dict[str, TensorSource]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+        # torch's first line advises to run the code; the one about a GLOBAL names it.
+        lines = str(error).splitlines() or ["no reason given"]
+        reason = next((line.strip() for line in lines if "GLOBAL" in line), lines[0])
         raise CheckpointError(
             f"{path}: refused, because reading it would run code that the file brings along ({reason}); "
             "take the checkpoint as safetensors"
         ) from error
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+    except Exception as error:  # a damaged pickle calls torch with anything, and torch raises anything
         reason = str(error).split("\n")[0]
         raise CheckpointError(
             f"{path}: want a whole zip file of torch.save, which can be mapped, found one that is damaged, cut short "
@@ -224,7 +226,8 @@ def _open_torch(path: Path) -> dict[str, TensorSource]:
 def _torch_source(path: Path, key: str, tensor: torch.Tensor) -> TorchTensor:
     import torch
 
-    plain = tensor.layout == torch.strided and not tensor.is_quantized
-    dtype = str(tensor.dtype).removeprefix("torch.") if plain else f"{tensor.layout} {tensor.dtype}"
+    plain = tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+    kind = f"{tensor.layout} {tensor.dtype} on {tensor.device}"
+    dtype = str(tensor.dtype).removeprefix("torch.") if plain else kind
     shape = tuple(tensor.shape)
     return TorchTensor(key, dtype, shape, math.prod(shape) * tensor.dtype.itemsize, path, key, tensor)
