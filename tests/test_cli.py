@@ -62,7 +62,14 @@ def test_help_imports_no_room(child_environment: dict[str, str]) -> None:
     )
     modules = set(found.stdout.splitlines()[-1].split())
     assert "llava_deploy.cli" in modules
-    assert not modules & {"numpy", "rich", "torch", "onnxruntime", "llava_deploy.runtime.llava", "llava_deploy.exporter"}
+    assert not modules & {
+        "numpy",
+        "rich",
+        "torch",
+        "onnxruntime",
+        "llava_deploy.runtime.llava",
+        "llava_deploy.exporter",
+    }
 
 
 def test_run_needs_only_the_runtime(

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import get_args
 
 from llava_deploy.engines.errors import CheckpointError
-from llava_deploy.engines.manifest import ChatRecipe, Conversation
+from llava_deploy.engines.manifest import ChatRecipe
+from llava_deploy.engines.names import Conversation
 from llava_deploy.exporter.config import LlavaConfig
 from llava_deploy.exporter.layouts.fields import Fields
 from llava_deploy.exporter.recipes.tokenizer_file import (
