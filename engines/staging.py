@@ -88,7 +88,10 @@ def _sweep(output: Path) -> None:
             continue
         lock = _lock(path)
         if lock is None:
-            continue  # its owner is at work, or it is none of ours
+            # Its owner is at work, or it is none of ours; but an empty one is of a process killed before it had a lock.
+            with contextlib.suppress(OSError):
+                path.rmdir()
+            continue
         if (path / _ASIDE).exists() and not output.exists():
             (path / _ASIDE).rename(output)
         shutil.rmtree(path, ignore_errors=True)

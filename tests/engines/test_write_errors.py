@@ -38,6 +38,15 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "bundle" / "file").read_text() == "text"
 
 
+def test_killed_before_there_was_a_lock(tmp_path: Path) -> None:
+    (tmp_path / ".bundle.partial-empty").mkdir()
+    (tmp_path / ".bundle.partial-other").mkdir()
+    (tmp_path / ".bundle.partial-other" / "file").write_text("somebody's")
+    with staged_directory(tmp_path / "bundle", replace=False):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".bundle.partial-other", "bundle"]
+
+
 def test_no_lock_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error, not one directory after another."""
     opened = os.open
