@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from llava_deploy.engines.errors import LlavaDeployError
 
 _LOCK, _CONTENT, _ASIDE = "lock", "new", "old"
+_MADE = re.compile(r"[a-z0-9_]{8}")  # how tempfile.mkdtemp ends a name
 
 
 @contextlib.contextmanager
@@ -88,9 +90,10 @@ def _sweep(output: Path) -> None:
             continue
         lock = _lock(path)
         if lock is None:
-            # Its owner is at work, or it is none of ours; but an empty one is of a process killed before it had a lock.
-            with contextlib.suppress(OSError):
-                path.rmdir()
+            # Its owner is at work, or it is none of ours; but an empty one of our making never came to have a lock.
+            if _MADE.fullmatch(path.name.removeprefix(prefix)):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
             continue
         if (path / _ASIDE).exists() and not output.exists():
             (path / _ASIDE).rename(output)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,12 +40,12 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_killed_before_there_was_a_lock(tmp_path: Path) -> None:
-    (tmp_path / ".bundle.partial-empty").mkdir()
-    (tmp_path / ".bundle.partial-other").mkdir()
-    (tmp_path / ".bundle.partial-other" / "file").write_text("somebody's")
+    tempfile.mkdtemp(prefix=".bundle.partial-", dir=tmp_path)
+    (tmp_path / ".bundle.partial-somebody").mkdir()
+    (tmp_path / ".bundle.partial-somebody" / "file").write_text("somebody's")
     with staged_directory(tmp_path / "bundle", replace=False):
         pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".bundle.partial-other", "bundle"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".bundle.partial-somebody", "bundle"]
 
 
 def test_no_lock_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
