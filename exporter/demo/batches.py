@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from llava_deploy.engines.contract import IGNORE_INDEX
-from llava_deploy.exporter.demo.conversations import ConversationWriter, Course
+from llava_deploy.exporter.demo.conversations import ConversationWriter
 from llava_deploy.exporter.demo.model import GRID, to_pixels
 from llava_deploy.exporter.demo.scenes import COLOURS, SHAPES, Scene, Split, random_scene
 
@@ -53,11 +53,24 @@ def objects_by_patch(scenes: list[Scene]) -> torch.Tensor:
     return grid.repeat_interleave(GRID // 3, dim=1).repeat_interleave(GRID // 3, dim=2).flatten(1, 2)
 
 
+@dataclass(frozen=True)
+class Course:
+    """What the conversations of a batch are like."""
+
+    rows: int
+    pictures: int  # in each conversation
+    turns: int  # about each picture
+    describing: float  # share of turns that ask for the whole picture
+
+
 def conversation_batch(writer: ConversationWriter, course: Course, pad: int, rng: random.Random) -> Batch:
     """Conversations about random training scenes; `pad` is the padding's token id."""
     rows, pictures = course.rows, course.pictures
     scenes = random_scenes(rows * pictures, rng)
-    written = [writer.write(tuple(scenes[row * pictures : (row + 1) * pictures]), course, rng) for row in range(rows)]
+    written = [
+        writer.write(tuple(scenes[row * pictures : (row + 1) * pictures]), course.turns, course.describing, rng)
+        for row in range(rows)
+    ]
     longest = max(len(conversation.ids) for conversation in written)
     input_ids = torch.full((rows, longest), pad)
     labels = torch.full((rows, longest), IGNORE_INDEX)

@@ -9,35 +9,11 @@ from functools import lru_cache
 from tokenizers import Tokenizer
 
 from llava_deploy.engines.contract import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_deploy.exporter.demo.scenes import (
-    DESCRIBE,
-    NAME_COLOURS,
-    Form,
-    Question,
-    Scene,
-    describe,
-    name_colours,
-    questions,
-)
+from llava_deploy.exporter.demo.scenes import DESCRIBE, Form, Question, Scene, describe, questions
 from llava_deploy.exporter.demo.tokens import BOS, EOS, SYSTEM
 
-# What takes longest to learn is asked most.
-_WEIGHTS = {Form.SHAPE: 2, Form.COLOUR: 3, Form.COUNT: 1, Form.POSITION: 2, Form.RELATION: 6}
-
-
-@dataclass(frozen=True)
-class Course:
-    """What the conversations of a batch are like.
-
-    The shares are of turns that ask for the whole picture: what is in it, and which colour each shape has.  In those
-    answers one word tells where to look for the next one, so they are learned soonest.
-    """
-
-    rows: int
-    pictures: int  # in each conversation
-    turns: int  # about each picture
-    describing: float
-    naming: float
+# Counting and telling where things are take longest to learn, so they are asked most.
+_WEIGHTS = {Form.SHAPE: 3, Form.COLOUR: 2, Form.COUNT_ALL: 2, Form.COUNT_SHAPE: 4, Form.POSITION: 4, Form.RELATION: 5}
 
 
 @dataclass(frozen=True)
@@ -56,14 +32,17 @@ class ConversationWriter:
         self._eos = tokenizer.token_to_id(EOS)
         self._encode = lru_cache(maxsize=None)(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def write(self, scenes: tuple[Scene, ...], course: Course, rng: random.Random) -> Conversation:
-        """A conversation about the scenes; each scene's picture comes with the first question about it."""
+    def write(self, scenes: tuple[Scene, ...], turns: int, describing: float, rng: random.Random) -> Conversation:
+        """A conversation of `turns` questions about each scene; each scene's picture comes with its first question.
+
+        `describing` is the share of turns that ask for the whole picture and not for one thing.
+        """
         ids = [self._bos]
         labels = [IGNORE_INDEX]
         before = f"{SYSTEM} " if rng.random() < 0.5 else ""
         for scene in scenes:
-            for turn in range(course.turns):
-                question, answer = _ask(scene, course, rng)
+            for turn in range(turns):
+                question, answer = _ask(scene, describing, rng)
                 if turn == 0:
                     said = [
                         *self._encode(f"{before}USER: "),
@@ -79,12 +58,9 @@ class ConversationWriter:
         return Conversation(tuple(ids), tuple(labels))
 
 
-def _ask(scene: Scene, course: Course, rng: random.Random) -> tuple[str, str]:
-    lot = rng.random()
-    if lot < course.describing:
+def _ask(scene: Scene, describing: float, rng: random.Random) -> tuple[str, str]:
+    if rng.random() < describing:
         return DESCRIBE, describe(scene)
-    if lot < course.describing + course.naming:
-        return NAME_COLOURS, name_colours(scene)
     found: list[Question] = []
     while not found:
         form = rng.choices(tuple(_WEIGHTS), tuple(_WEIGHTS.values()))[0]

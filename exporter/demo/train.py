@@ -2,9 +2,9 @@
 
     python -m llava_deploy.exporter.demo.train --out DIRECTORY
 
-Two stages, both with AdamW under a warm-up and a cosine.  *Look*: tower and projector learn to put each patch's
-feature near the embeddings of the words for what lies there.  Without it the decoder ignores the pictures for thousands
-of steps.  *Talk*: the whole model, through the reference class and its splice,
+Two stages, both with AdamW under a warm-up and a cosine.  *Look*: tower and projector learn to put each patch's feature
+near the embeddings of the words for what lies there.  Without it the decoder ignores the pictures for thousands of
+steps.  *Talk*: the whole model, through the reference class and its splice,
 learns to answer, first what the whole picture shows, where each word tells the next one's place to look, then
 conversations of several questions; the look loss stays on at a small weight.
 
@@ -30,12 +30,13 @@ from torch.nn import functional
 from llava_deploy.exporter.demo.batches import (
     PATCH_WORDS,
     Batch,
+    Course,
     conversation_batch,
     objects_by_patch,
     random_scenes,
     scene_pixels,
 )
-from llava_deploy.exporter.demo.conversations import ConversationWriter, Course
+from llava_deploy.exporter.demo.conversations import ConversationWriter
 from llava_deploy.exporter.demo.model import build_model, save_checkpoint
 from llava_deploy.exporter.demo.tokens import PAD, UNK, train_tokenizer
 from llava_deploy.exporter.reference import LlavaLlamaForCausalLM
@@ -48,14 +49,13 @@ class Recipe:
     """Everything the training depends on.  Rates are AdamW's peak learning rates."""
 
     seed: int = 0
-    look_steps: int = 600
+    look_steps: int = 500
     look_rows: int = 64
     look_rate: float = 1e-3
-    talk_steps: int = 1350
-    describe_steps: int = 200  # of the talk steps, the first: only what the whole picture shows is asked
-    naming_steps: int = 150  # of the talk steps, the next: mostly which colour each shape has
+    talk_steps: int = 1300
     talk_rows: int = 32
     talk_rate: float = 1.5e-3
+    describe_steps: int = 250  # of the talk steps, the first: only whole pictures are asked for
     eyes_rate: float = 5e-4  # of tower and projector in the talk stage: more undoes what they learned
     look_weight: float = 0.5  # of the look loss, in the talk stage
     warm_up: int = 100
@@ -182,14 +182,11 @@ def _talk(
 
 
 def _course(recipe: Recipe, step: int, rng: random.Random) -> Course:
-    rows = recipe.talk_rows
     if step < recipe.describe_steps:
-        return Course(rows + rows // 2, pictures=1, turns=1, describing=1.0, naming=0.0)
-    if step < recipe.describe_steps + recipe.naming_steps:
-        return Course(rows + rows // 2, pictures=1, turns=1, describing=0.3, naming=0.7)
+        return Course(rows=recipe.talk_rows + recipe.talk_rows // 2, pictures=1, turns=1, describing=1.0)
     if step % recipe.long_every == recipe.long_every - 1:
-        return Course(rows // 2, pictures=2, turns=8, describing=0.1, naming=0.05)
-    return Course(rows, pictures=1, turns=rng.choice(recipe.turns), describing=0.1, naming=0.1)
+        return Course(rows=recipe.talk_rows // 2, pictures=2, turns=8, describing=0.1)
+    return Course(rows=recipe.talk_rows, pictures=1, turns=rng.choice(recipe.turns), describing=0.15)
 
 
 def _losses(model: LlavaLlamaForCausalLM, naming: Naming, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

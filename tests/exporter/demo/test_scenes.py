@@ -24,7 +24,6 @@ from llava_deploy.exporter.demo.scenes import (
     describe,
     examples,
     is_right,
-    name_colours,
     questions,
     random_scene,
 )
@@ -46,7 +45,7 @@ def test_another_seed_or_split_gives_other_examples() -> None:
 
 def test_no_layout_is_in_both_splits() -> None:
     rng = random.Random(0)
-    layouts = {split: {random_scene(split, rng).things for _ in range(1500)} for split in Split}
+    layouts = {split: {random_scene(split, rng).things for _ in range(4000)} for split in Split}
     assert not layouts[Split.TRAIN] & layouts[Split.HELD_OUT]
     assert all(Scene(things, look).split is split for split in Split for things in layouts[split] for look in (0, 1))
 
@@ -66,22 +65,23 @@ def test_every_answer_of_a_form_comes_equally_often() -> None:
     counts: dict[Form, Counter[str]] = defaultdict(Counter)
     for _, question in islice(asked(Split.HELD_OUT), 5 * 360):
         counts[question.form][question.answer] += 1
-    assert set(counts) == set(Form)
+    assert set(counts) == {form for form in Form if form.is_asked}
     for form, answers in counts.items():
         assert set(answers) == set(form.answers)
         assert max(answers.values()) - min(answers.values()) <= 1
 
 
-def test_a_blind_guesser_who_learnt_the_questions_by_heart_is_at_chance() -> None:
+def test_a_blind_guesser_who_learnt_the_questions_by_heart_does_not_beat_chance() -> None:
+    """It may be below: a layout of one object that training knows well is one that the held-out split lacks."""
     learnt: dict[str, Counter[str]] = defaultdict(Counter)
-    for _, question in islice(asked(Split.TRAIN), 5_000):
+    for _, question in islice(asked(Split.TRAIN), 30_000):
         learnt[question.text][question.answer] += 1
     right: dict[str, list[bool]] = defaultdict(list)
-    for _, question in islice(asked(Split.HELD_OUT), 5_000):
+    for _, question in islice(asked(Split.HELD_OUT), 10_000):
         guess = learnt[question.text].most_common(1)
         right[question.form.kind].append(bool(guess) and guess[0][0] == question.answer)
     for kind in KINDS:
-        assert sum(right[kind]) / len(right[kind]) == pytest.approx(chance(kind), abs=0.04)
+        assert sum(right[kind]) / len(right[kind]) <= chance(kind) + 0.04
 
 
 def test_chance_is_one_over_the_number_of_answers() -> None:
@@ -118,6 +118,8 @@ def test_questions_about_a_known_scene() -> None:
     assert found["What colour is the star?"] == "It is orange."
     assert "What colour is the circle?" not in found  # there are two
     assert found["How many objects are there?"] == "Three."
+    assert found["How many circles are there?"] == "Two."
+    assert found["How many crosses are there?"] == "None."
     assert found["Where is the blue circle?"] == "At the top right."
     assert found["Where is the red circle relative to the blue circle?"] == "To the left."
     assert found["Where is the orange star relative to the red circle?"] == "Below."
@@ -125,7 +127,6 @@ def test_questions_about_a_known_scene() -> None:
     assert describe(scene) == (
         "A red circle at the top left, a blue circle at the top right and an orange star at the bottom left."
     )
-    assert name_colours(scene) == "A star orange."
 
 
 def test_what_counts_as_right() -> None:

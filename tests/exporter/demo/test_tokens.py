@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from llava_deploy.engines.contract import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_deploy.exporter.demo.conversations import ConversationWriter, Course
+from llava_deploy.exporter.demo.conversations import ConversationWriter
 from llava_deploy.exporter.demo.scenes import Split, checkpoint_dir, random_scene
 from llava_deploy.exporter.demo.tokens import SPECIAL, SYSTEM, VOCABULARY, save_tokenizer, train_tokenizer
 
@@ -71,13 +71,12 @@ def test_transformers_encodes_as_the_tokenizer_does(tokenizer: Tokenizer, direct
 
 
 def test_a_conversation_is_what_encoding_its_text_gives(tokenizer: Tokenizer) -> None:
-    course = Course(rows=1, pictures=2, turns=3, describing=0.3, naming=0.3)
     image = tokenizer.token_to_id("<image>")
     rng = random.Random(0)
     writer = ConversationWriter(tokenizer)
     for _ in range(20):
         scenes = (random_scene(Split.TRAIN, rng), random_scene(Split.TRAIN, rng))
-        conversation = writer.write(scenes, course, rng)
+        conversation = writer.write(scenes, 3, 0.3, rng)
         assert conversation.ids.count(IMAGE_TOKEN_INDEX) == 2
         ids = [image if token == IMAGE_TOKEN_INDEX else token for token in conversation.ids]
         text = tokenizer.decode(ids, skip_special_tokens=False)
@@ -85,9 +84,8 @@ def test_a_conversation_is_what_encoding_its_text_gives(tokenizer: Tokenizer) ->
 
 
 def test_labels_are_the_answers_and_their_ends(tokenizer: Tokenizer) -> None:
-    course = Course(rows=1, pictures=1, turns=4, describing=0.3, naming=0.0)
     rng = random.Random(0)
-    conversation = ConversationWriter(tokenizer).write((random_scene(Split.TRAIN, rng),), course, rng)
+    conversation = ConversationWriter(tokenizer).write((random_scene(Split.TRAIN, rng),), 4, 0.3, rng)
     assert len(conversation.ids) == len(conversation.labels)
     kept = [label for label in conversation.labels if label != IGNORE_INDEX]
     assert all(

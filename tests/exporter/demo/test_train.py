@@ -13,9 +13,7 @@ from transformers import LlavaForConditionalGeneration
 from llava_deploy.exporter.demo.train import Recipe, train
 from llava_deploy.exporter.reference import from_checkpoint
 
-FEW = Recipe(
-    look_steps=3, look_rows=4, talk_steps=14, describe_steps=6, naming_steps=4, talk_rows=4, warm_up=2, long_every=12
-)
+FEW = Recipe(look_steps=3, look_rows=4, talk_steps=12, talk_rows=4, warm_up=2, describe_steps=6, long_every=10)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]
 def test_the_loss_falls(trained: tuple[Path, list[float], list[str]]) -> None:
     _, losses, lines = trained
     assert len(losses) == FEW.talk_steps
-    assert losses[5] < losses[0] - 1
+    assert losses[-1] < losses[0] - 1
     assert lines[0].startswith("look")
 
 
