@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from llava_deploy.engines.contract import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_deploy.exporter.demo.scenes import DESCRIBE, Form, Question, Scene, describe, questions
-from llava_deploy.exporter.demo.tokens import BOS, EOS, SYSTEM
+from llava_deploy.exporter.demo.tokens import BOS, EOS, SYSTEM, token_id
 
 # Counting and telling where things are take longest to learn, so they are asked most.
 _WEIGHTS = {Form.SHAPE: 3, Form.COLOUR: 2, Form.COUNT_ALL: 2, Form.COUNT_SHAPE: 4, Form.POSITION: 4, Form.RELATION: 5}
@@ -28,8 +28,8 @@ class ConversationWriter:
     """Writes conversations with one tokenizer; the pieces they are made of recur, so each is encoded once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._bos = tokenizer.token_to_id(BOS)
-        self._eos = tokenizer.token_to_id(EOS)
+        self._bos = token_id(tokenizer, BOS)
+        self._eos = token_id(tokenizer, EOS)
         self._encode = lru_cache(maxsize=None)(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
 
     def write(self, scenes: tuple[Scene, ...], turns: int, describing: float, rng: random.Random) -> Conversation:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -38,7 +39,7 @@ from llava_deploy.exporter.demo.batches import (
 )
 from llava_deploy.exporter.demo.conversations import ConversationWriter
 from llava_deploy.exporter.demo.model import build_model, save_checkpoint
-from llava_deploy.exporter.demo.tokens import PAD, UNK, train_tokenizer
+from llava_deploy.exporter.demo.tokens import PAD, UNK, token_id, train_tokenizer
 from llava_deploy.exporter.reference import LlavaLlamaForCausalLM
 
 Report = Callable[[str], None]
@@ -78,7 +79,7 @@ class Naming:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        nothing = tokenizer.token_to_id(UNK)
+        nothing = token_id(tokenizer, UNK)
         self._groups = [torch.tensor([*(_word(tokenizer, name) for name in names), nothing]) for names in PATCH_WORDS]
 
     def loss(self, features: torch.Tensor, embeddings: torch.Tensor, objects: torch.Tensor) -> torch.Tensor:
@@ -107,7 +108,7 @@ class _Stage:
 
     def __init__(self, groups: Iterable[tuple[list[nn.Module], float]], steps: int, recipe: Recipe) -> None:
         """Takes modules with the rate at which each group of them learns."""
-        options = [
+        options: list[dict[str, Any]] = [
             {"params": [parameter for module in modules for parameter in module.parameters()], "lr": rate}
             for modules, rate in groups
         ]
@@ -138,7 +139,7 @@ def train(recipe: Recipe, out: Path, report: Report) -> list[float]:
     with torch.no_grad():
         model.lm_head.weight.copy_(model.get_model().embed_tokens.weight)
     losses: list[float] = []
-    for loss in _talk(model, naming, recipe, ConversationWriter(tokenizer), rng, tokenizer.token_to_id(PAD)):
+    for loss in _talk(model, naming, recipe, ConversationWriter(tokenizer), rng, token_id(tokenizer, PAD)):
         losses.append(loss)
         if len(losses) % 50 == 0:
             report(f"talk {len(losses):5d} of {recipe.talk_steps}  loss {sum(losses[-50:]) / 50:.4f}")
@@ -148,7 +149,7 @@ def train(recipe: Recipe, out: Path, report: Report) -> list[float]:
 
 
 def _eyes(model: LlavaLlamaForCausalLM) -> list[nn.Module]:
-    return [model.get_model().vision_tower, model.get_model().mm_projector]
+    return [cast(nn.Module, model.get_vision_tower()), model.get_model().mm_projector]
 
 
 def _look(model: LlavaLlamaForCausalLM, naming: Naming, recipe: Recipe, rng: random.Random, report: Report) -> None:
