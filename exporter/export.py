@@ -56,7 +56,8 @@ def export(
     """Write ``checkpoint`` as a bundle to the directory ``output``.
 
     Equal checkpoints give equal bytes. The directory appears when everything in it is written and checked; an export
-    that fails or is killed leaves nothing by that name, and an old bundle as it was.
+    that fails or is killed leaves nothing by that name. With ``replace`` an old bundle stays as it was until then; a
+    process killed between the two renames leaves it aside, and the next export to that name puts it back first.
 
     Raises:
         InputError: ``output`` exists and ``replace`` is false.
