@@ -96,8 +96,8 @@ def require_dtype(source: TensorSource) -> np.dtype:
 
 
 @dataclass(frozen=True)
-class MappedTensor:
-    """A tensor in a safetensors file."""
+class _InOneFile:
+    """What every tensor has that stands in one file under one key."""
 
     name: str
     dtype: str
@@ -105,7 +105,6 @@ class MappedTensor:
     nbytes: int
     path: Path
     key: str
-    offset: int
 
     @property
     def origin(self) -> str:
@@ -116,6 +115,13 @@ class MappedTensor:
     def files(self) -> tuple[Path, ...]:
         """The one file."""
         return (self.path,)
+
+
+@dataclass(frozen=True)
+class MappedTensor(_InOneFile):
+    """A tensor in a safetensors file."""
+
+    offset: int
 
     def read(self) -> np.ndarray:
         """The values as a view of the mapped file; nothing is copied."""
@@ -126,26 +132,10 @@ class MappedTensor:
 
 
 @dataclass(frozen=True)
-class TorchTensor:
+class TorchTensor(_InOneFile):
     """A tensor in a file of ``torch.save``, mapped by torch."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    path: Path
-    key: str
     tensor: torch.Tensor
-
-    @property
-    def origin(self) -> str:
-        """File and key."""
-        return f"{self.path} ({self.key})"
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The one file."""
-        return (self.path,)
 
     def read(self) -> np.ndarray:
         """The values as a view of the mapped file, unless they are stored transposed or with gaps."""
