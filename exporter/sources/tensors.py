@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ DTYPES: dict[str, np.dtype] = {
 """The dtypes that weights may be stored in."""
 
 _FROM_SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_QUANTISED = re.compile(r"\bq?u?int\d|float[48]_|^[IU]\d|^F[468](_|$)")
+"""In the words of torch and of safetensors: what quantised weights are packed into."""
 
 
 class TensorSource(Protocol):
@@ -88,10 +91,10 @@ def require_dtype(source: TensorSource) -> np.dtype:
         CheckpointError: not a dtype that weights may be stored in.
     """
     if source.dtype not in DTYPES:
-        raise CheckpointError(
-            f"{source.origin}: want values of {', '.join(DTYPES)}, found {source.dtype}; "
-            "quantised checkpoints are not read by this version: take the unquantised one"
-        )
+        step = "weights are not stored like this: convert the tensor to one of these"
+        if _QUANTISED.search(source.dtype):
+            step = "quantised checkpoints are not read by this version: take the unquantised one"
+        raise CheckpointError(f"{source.origin}: want values of {', '.join(DTYPES)}, found {source.dtype}; {step}")
     return DTYPES[source.dtype]
 
 

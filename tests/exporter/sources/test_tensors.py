@@ -1,13 +1,15 @@
-"""Files of ``torch.save`` that are no weights, or were damaged: an error of ours, whatever torch makes of them."""
+"""Files that are no weights, or were damaged: an error of ours, with its reason, whatever torch makes of them."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.exporter.sources.tensors import open_file
@@ -22,6 +24,36 @@ def saved(tmp_path: Path, content: Any) -> Path:
 def test_a_tensor_without_values(tmp_path: Path) -> None:
     source = open_file(saved(tmp_path, {"a": torch.empty(3, device="meta")}))["a"]
     with pytest.raises(CheckpointError, match=r"want values of .*, found torch.strided torch.float32 on meta"):
+        source.read()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize(
+    ("dtype", "is_quantised"),
+    [
+        (torch.int8, True),
+        (torch.uint8, True),
+        (torch.int32, True),
+        (torch.float8_e4m3fn, True),
+        (torch.float64, False),
+        (torch.complex64, False),
+        (torch.bool, False),
+    ],
+    ids=str,
+)
+def test_why_a_dtype_is_refused(tmp_path: Path, dtype: torch.dtype, suffix: str, is_quantised: bool) -> None:
+    path, content = tmp_path / f"weights{suffix}", {"a": torch.zeros(2, 4, dtype=dtype)}
+    (save_file if suffix == ".safetensors" else torch.save)(content, path)
+    with pytest.raises(CheckpointError, match="want values of float32, float16, bfloat16, found") as caught:
+        open_file(path)["a"].read()
+    assert ("quantised" in str(caught.value)) == is_quantised
+    assert ("convert the tensor to one of these" in str(caught.value)) != is_quantised
+
+
+def test_a_tensor_that_torch_has_quantised(tmp_path: Path) -> None:
+    source = open_file(saved(tmp_path, {"a": torch.ones(3)}))["a"]
+    source = replace(source, dtype="torch.strided torch.qint8 on cpu")  # type: ignore[type-var]
+    with pytest.raises(CheckpointError, match="quantised checkpoints are not read"):
         source.read()
 
 
