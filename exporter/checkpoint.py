@@ -20,6 +20,7 @@ from llava_deploy.exporter.recipes import image_recipe
 from llava_deploy.exporter.recipes.chat_recipe import chat_recipe, require_conversation, unused_generation_keys
 from llava_deploy.exporter.recipes.tokenizer_file import open_tokenizer
 from llava_deploy.exporter.sources.collect import Collector, Naming
+from llava_deploy.exporter.sources.given_paths import require_directory, require_file
 from llava_deploy.exporter.sources.lora import Adapter, non_lora_name, open_adapter
 from llava_deploy.exporter.sources.tensors import TensorSource, open_file
 from llava_deploy.exporter.sources.tower_source import find_tower
@@ -91,6 +92,9 @@ def open_checkpoint(directory: Path, options: CheckpointOptions = NO_OPTIONS) ->
             another shape, or left over.
     """
     conversation = require_conversation(options.conversation)
+    require_directory("--vision-tower", options.vision_tower)
+    require_file("--projector", options.projector)
+    require_directory("--lora", options.lora)
     opened = _open(directory, options)
     collector = opened.collector
     config = collector.settle_tie(opened.config, opened.adapter)

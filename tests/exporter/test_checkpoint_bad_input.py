@@ -39,6 +39,27 @@ def test_no_directory(tmp_path: Path, refused: Any) -> None:
     refused(tmp_path / "nowhere", "nowhere/config.json", "found none")
 
 
+@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [("vision_tower", "want a directory"), ("projector", "want a file"), ("lora", "want a directory")],
+)
+def test_an_option_that_names_nothing(
+    make_llava: Any, make_original: Any, refused: Any, tmp_path: Path, option: str, wanted: str, original: bool
+) -> None:
+    directory = (make_original if original else make_llava)().directory
+    options = CheckpointOptions(**{option: tmp_path / "nowhere"})
+    flag = f"--{option.replace('_', '-')}"
+    refused(directory, f"{flag} {tmp_path / 'nowhere'}: {wanted}, found nothing there; correct", options=options)
+
+
+def test_an_option_that_names_the_wrong_kind(make_llava: Any, refused: Any, tmp_path: Path) -> None:
+    directory = make_llava().directory
+    wrong = {"projector": (tmp_path, "a directory"), "lora": (directory / "config.json", "a file")}
+    for option, (path, found) in wrong.items():
+        refused(directory, f"--{option} {path}: want", f"found {found}", options=CheckpointOptions(**{option: path}))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00", "[" * 10_000])
 def test_config_that_is_no_json_object(make_llava: Any, refused: Any, text: str) -> None:
     saved = make_llava()
