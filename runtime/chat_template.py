@@ -51,6 +51,7 @@ def render_template(
         )
     except (
         TemplateError,
+        SyntaxError,
         TypeError,
         ValueError,
         LookupError,
@@ -65,6 +66,22 @@ def render_template(
             f"chat template: {type(error).__name__}: {cause:.300}; change the conversation to what the template takes, "
             "or export the bundle with a built-in conversation format"
         ) from error
+
+
+def check_template(template: str) -> None:
+    """Refuse what is no Jinja, without rendering it.
+
+    Raises:
+        PromptError: it cannot be compiled; the message gives the reason, and the line where Jinja knows it.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        _compile(template)
+    except TemplateSyntaxError as error:
+        raise PromptError(f"line {error.lineno}: {' '.join(str(error.message).split()):.300}") from error
+    except (SyntaxError, ValueError, RuntimeError, MemoryError) as error:  # of the Python that Jinja makes of it
+        raise PromptError(f"{type(error).__name__}: {' '.join(str(error).split()):.300}") from error
 
 
 @lru_cache(maxsize=8)

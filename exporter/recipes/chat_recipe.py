@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-from llava_deploy.engines.errors import CheckpointError
+from llava_deploy.engines.errors import CheckpointError, PromptError
 from llava_deploy.engines.manifest import ChatRecipe
 from llava_deploy.engines.names import Conversation
 from llava_deploy.exporter.config import LlavaConfig
@@ -16,10 +16,12 @@ from llava_deploy.exporter.recipes.tokenizer_file import (
     placeholder_of,
     template_in,
 )
+from llava_deploy.runtime.chat_template import check_template
 
 DEFAULT_CONVERSATION: Conversation = "vicuna_v1"
 ORIGINAL_PLACEHOLDER = "<image>"
 GENERATION_CONFIG = "generation_config.json"
+_TEMPLATE_FILE = "chat_template.jinja"
 _DEFAULT_EOS = 2  # LlamaConfig's
 
 # What is read of generation_config.json, or says nothing about the tokens of an answer.
@@ -47,7 +49,8 @@ def chat_recipe(
         conversation: the built-in format to use instead of the checkpoint's template, ``None`` for the template.
 
     Raises:
-        CheckpointError: the placeholder is not the token that ``image_token_id`` says, or a stop token is no id.
+        CheckpointError: the placeholder is not the token that ``image_token_id`` says, a stop token is no id, or the
+            template is no Jinja.
     """
     is_hf = config.layout == "llava-hf"
     placeholder = placeholder_of(directory) if is_hf else ORIGINAL_PLACEHOLDER
@@ -89,16 +92,33 @@ def require_conversation(name: str | None) -> Conversation | None:
 
 def _template(directory: Path) -> str | None:
     """The template that transformers' processor takes (``ProcessorMixin.get_processor_dict``), else the tokenizer's."""
-    for name in ("processor_config.json", "chat_template.json"):
-        if (found := template_in(directory / name)) is not None:
-            return found
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: want text in UTF-8 ({error}); fetch the file again") from error
-    return template_in(directory / TOKENIZER_CONFIG)
+    for name in ("processor_config.json", "chat_template.json", _TEMPLATE_FILE, TOKENIZER_CONFIG):
+        path = directory / name
+        found = _text_of(path) if name == _TEMPLATE_FILE else template_in(path)
+        if found is not None:
+            return _checked(found, path)
+    return None
+
+
+def _text_of(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: want text in UTF-8 ({error}); fetch the file again") from error
+
+
+def _checked(template: str, path: Path) -> str:
+    """A template as it is; the runtime's own parser must take it, or the bundle's ``chat`` would fail."""
+    try:
+        check_template(template)
+    except PromptError as error:
+        raise CheckpointError(
+            f"{path}, chat template: want Jinja, found something else ({error}); correct the template, or choose "
+            "a built-in format with --conversation NAME"
+        ) from error
+    return template
 
 
 def unused_generation_keys(directory: Path) -> tuple[str, ...]:

@@ -186,6 +186,7 @@ def test_messages_of_another_form_are_refused_by_their_place(messages, parts):
         "{% include '/etc/passwd' %}",
         "{% import 'os' as os %}",
         "{{ raise_exception('no') }}",
+        "{% break %}",
         "{{ undefined.attribute }}",
         "{{ 1 / 0 }}",
         "{{ messages[0] + 1 }}",

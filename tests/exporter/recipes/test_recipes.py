@@ -151,6 +151,43 @@ def test_places_of_the_template(make_llava: Any, edit_json: Any, name: str, cont
     assert open_checkpoint(directory).chat.template == TEMPLATE
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("\n{% for message in messages %}", r"line 2: .*endfor"),
+        ("{{ messages[0]", "line 1: "),
+        ("{% endif %}", "line 1: .*endif"),
+        ("{{ messages | no_such_filter }}", "line 1: .*no_such_filter"),
+        ("{% break %}", "SyntaxError: 'break' outside loop"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "RecursionError: "),
+    ],
+)
+def test_a_template_that_is_no_jinja(make_llava: Any, edit_json: Any, name: str, template: str, reason: str) -> None:
+    directory = make_llava().directory
+    if name == "chat_template.jinja":
+        (directory / name).write_text(template)
+    elif name == "chat_template.json":
+        (directory / name).write_text(json.dumps({"chat_template": template}))
+    else:
+        edit_json(directory / name, lambda values: values.update(chat_template=template))
+    wanted = rf"{name}, chat template: want Jinja, found .* \({reason}.*\); correct .* --conversation NAME"
+    with pytest.raises(CheckpointError, match=wanted) as caught:
+        open_checkpoint(directory)
+    assert "\n" not in str(caught.value)
+    assert open_checkpoint(directory, CheckpointOptions(conversation="llama_2")).chat.template is None
+
+
+def test_a_template_with_what_transformers_adds_to_jinja(make_llava: Any) -> None:
+    directory = make_llava().directory
+    template = (
+        "{% for m in messages %}{% if not m %}{% continue %}{% endif %}{% generation %}{{ m | tojson }}"
+        "{% endgeneration %}{% endfor %}"
+    )
+    (directory / "chat_template.jinja").write_text(template)
+    assert open_checkpoint(directory).chat.template == template
+
+
 def test_chat_of_llava_hf(make_llava: Any) -> None:
     saved = make_llava()
     chat = open_checkpoint(saved.directory).chat
