@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from llava_deploy.engines.contract import DecoderShape, VisionShape
 from llava_deploy.engines.errors import BundleError, ContractError
-from llava_deploy.engines.names import Conversation, Precision
+from llava_deploy.engines.names import AccuracyLevel, Conversation, HeadPrecision, Precision, QuantizationMethod
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -109,6 +109,27 @@ class SpliceRecipe:
 
 
 @dataclass(frozen=True)
+class QuantizationRecipe:
+    """How the decoder's quantised weights are stored; the graph itself says it of each.
+
+    Attributes:
+        method: how they came to be.
+        group_size: input features that share a scale, in most of the 4-bit weights; ``None``: all.
+        symmetric: most of them have no zero points.
+        lm_head: precision of the output layer.
+        weights: how many weights are quantised, the output layer's included.
+        accuracy_level: what ONNX Runtime is to multiply them in, where nobody says otherwise.
+    """
+
+    method: QuantizationMethod
+    group_size: int | None
+    symmetric: bool
+    lm_head: HeadPrecision
+    weights: int
+    accuracy_level: AccuracyLevel
+
+
+@dataclass(frozen=True)
 class ModelCard:
     """What the bundle was made from, for people; nothing computes with it."""
 
@@ -141,6 +162,7 @@ class Manifest:
     image: ImageRecipe
     chat: ChatRecipe
     splice: SpliceRecipe
+    quantization: QuantizationRecipe | None
     tools: dict[str, str]
     files: tuple[FileEntry, ...]
 

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-Precision = Literal["fp32", "fp16"]
-"""Of a bundle's weights and activations."""
+Precision = Literal["fp32", "fp16", "int4", "int4-awq"]
+"""Of a bundle: fp32 and fp16 throughout, or fp16 with the decoder's weights in int4."""
 
 Conversation = Literal["vicuna_v1", "llama_2", "mistral", "plain"]
 """The built-in conversation formats, by LLaVA's names."""
+
+QuantizationMethod = Literal["rtn", "awq", "autoawq", "tinychat", "gptq", "compressed-tensors"]
+"""How weights came to be quantised: round to nearest or AWQ here, or elsewhere, in a format of that name."""
+
+HeadPrecision = Literal["fp16", "int8", "int4"]
+"""Of the output layer of a quantised decoder."""
+
+AccuracyLevel = Literal[0, 1, 2, 3, 4]
+"""What ONNX Runtime's ``MatMulNBits`` multiplies in: 0 and 1 float32, 2 float16, 3 bfloat16, 4 int8."""

@@ -7,12 +7,25 @@ backend folds or fuses the transposition as it likes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from llava_deploy.exporter.config import Activation
+from llava_deploy.exporter.quantization.weight import WeightFormat
 
-__all__ = ["LayerNorm", "Linear", "OpBuilder", "RMSNorm", "activation", "merge_heads", "split_heads"]
+__all__ = [
+    "LayerNorm",
+    "Linear",
+    "OpBuilder",
+    "QuantizedLinear",
+    "RMSNorm",
+    "activation",
+    "merge_heads",
+    "quantize_linears",
+    "split_heads",
+]
 
 
 class Linear(nn.Module):
@@ -26,6 +39,52 @@ class Linear(nn.Module):
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         y = op.MatMul(x, op.Transpose(self.weight, perm=[1, 0]))
         return y if self.bias is None else op.Add(y, self.bias)
+
+
+class QuantizedLinear(nn.Module):
+    """``x @ dequantized(weight) + bias``, the weight ``[in_features, out_features]`` in 4 or 8 bits.
+
+    Standard ``DequantizeLinear``, blocks along the input features where they share scales in groups: ONNX Runtime
+    fuses it with the product, and TensorRT keeps symmetric weights in 4 bits.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: nn.Parameter | None, dtype: ir.DataType, form: WeightFormat
+    ) -> None:
+        super().__init__()
+        kind = {(4, True): ir.DataType.INT4, (4, False): ir.DataType.UINT4, (8, True): ir.DataType.INT8}
+        stored = kind[form.bits, form.symmetric]
+        groups = [] if form.group_size is None else [in_features // form.group_size]
+        self.weight = nn.Parameter([in_features, out_features], stored)
+        self.weight_scale = nn.Parameter([*groups, out_features], dtype)
+        self.weight_zero_point = None if form.symmetric else nn.Parameter([*groups, out_features], stored)
+        self.weight_permutation = nn.Parameter([in_features], ir.DataType.INT64) if form.permuted else None
+        self.bias = bias
+        self.group_size = form.group_size
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        parts = [self.weight, self.weight_scale]
+        if self.weight_zero_point is not None:
+            parts.append(self.weight_zero_point)
+        if self.group_size is None:
+            weight = op.DequantizeLinear(*parts, axis=1)
+        else:
+            weight = op.DequantizeLinear(*parts, axis=0, block_size=self.group_size)
+        if self.weight_permutation is not None:
+            x = op.Gather(x, self.weight_permutation, axis=-1)
+        y = op.MatMul(x, weight)
+        return y if self.bias is None else op.Add(y, self.bias)
+
+
+def quantize_linears(root: nn.Module, formats: Mapping[str, WeightFormat], dtype: ir.DataType) -> None:
+    """Put :class:`QuantizedLinear` in the place of every :class:`Linear` whose weight ``formats`` names."""
+    modules = dict(root.named_modules())
+    for name, form in formats.items():
+        path = name.removesuffix(".weight")
+        linear, (parent, _, attribute) = modules[path], path.rpartition(".")
+        out_features, in_features = (int(size) for size in linear.weight.shape)
+        replacement = QuantizedLinear(in_features, out_features, linear.bias, dtype, form)
+        setattr(modules[parent], attribute, replacement)
 
 
 class LayerNorm(nn.Module):

@@ -12,6 +12,9 @@ from typing import Literal
 EMBED_TOKENS = "language_model.embed_tokens.weight"
 """Canonical name of the token-embedding table."""
 
+LM_HEAD = "lm_head.weight"
+"""Canonical name of the output layer."""
+
 Activation = Literal["quick_gelu", "gelu", "gelu_pytorch_tanh", "silu"]
 
 

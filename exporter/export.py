@@ -6,7 +6,8 @@ import errno
 import importlib.metadata
 import math
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,16 +25,21 @@ from llava_deploy.engines.manifest import (
     VISION_GRAPH,
     Manifest,
     ModelCard,
+    QuantizationRecipe,
     SpliceRecipe,
     describe_file,
 )
-from llava_deploy.engines.names import Precision
+from llava_deploy.engines.names import AccuracyLevel, HeadPrecision, Precision
 from llava_deploy.engines.staging import staged_directory, write_error
 from llava_deploy.exporter.checkpoint import Checkpoint
-from llava_deploy.exporter.config import EMBED_TOKENS, LlavaConfig
+from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD, LlavaConfig
 from llava_deploy.exporter.graphs import Graphs, build_graphs
+from llava_deploy.exporter.halves import decoder_linears
+from llava_deploy.exporter.quantization.plan import weight_formats
+from llava_deploy.exporter.quantization.weight import QuantizedSource, WeightFormat
 from llava_deploy.exporter.weights import attach_weights, write_embedding_table
 
+DEFAULT_ACCURACY_LEVEL: AccuracyLevel = 4
 TOOLS = ("llava-deploy", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
@@ -50,22 +56,29 @@ def export(
     output: Path,
     precision: Precision,
     *,
+    accuracy_level: AccuracyLevel = DEFAULT_ACCURACY_LEVEL,
     replace: bool = False,
     on_progress: Callable[[ExportProgress], None] = lambda _: None,
 ) -> Manifest:
     """Write ``checkpoint`` as a bundle to the directory ``output``.
+
+    Weights that the checkpoint holds quantised stay so in ``int4`` and ``int4-awq``, value for value; in the other
+    precisions they are the floats that they stand for. See :mod:`llava_deploy.exporter.quantization` for how a float
+    checkpoint becomes a quantised one.
 
     Equal checkpoints give equal bytes. The directory appears when everything in it is written and checked; an export
     that fails or is killed leaves nothing by that name. With ``replace`` an old bundle stays as it was until then; a
     process killed between the two renames leaves it aside, and the next export to that name puts it back first.
 
     Raises:
-        InputError: ``output`` exists and ``replace`` is false.
+        InputError: ``output`` exists and ``replace`` is false, or int4 is asked of a checkpoint that holds none.
         CheckpointError: a weight is NaN, infinite, or outside the range of the precision.
         LlavaDeployError: the disk is full, or ``output`` cannot be written.
     """
     _require_free_name(output, replace=replace)
-    graphs = build_graphs(checkpoint.config, precision)
+    formats = _formats(checkpoint, precision)
+    graphs = build_graphs(checkpoint.config, precision, formats)
+    recipe = _recipe(checkpoint, formats, accuracy_level)
     _require_space(checkpoint, graphs, output)
     total = sum(source.nbytes for source in checkpoint.tensors.values())
     done = 0
@@ -77,7 +90,7 @@ def export(
 
     try:
         with staged_directory(output, replace=replace) as staging:
-            return _write(checkpoint, graphs, precision, staging, progress)
+            return _write(checkpoint, graphs, precision, recipe, staging, progress)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise write_error(output, error) from error
@@ -88,7 +101,12 @@ def export(
 
 
 def _write(
-    checkpoint: Checkpoint, graphs: Graphs, precision: Precision, directory: Path, progress: Callable[[int], None]
+    checkpoint: Checkpoint,
+    graphs: Graphs,
+    precision: Precision,
+    recipe: QuantizationRecipe | None,
+    directory: Path,
+    progress: Callable[[int], None],
 ) -> Manifest:
     dtype = np.dtype(graphs.decoder_shape.dtype)
     tensors = checkpoint.tensors
@@ -108,12 +126,47 @@ def _write(
         decoder=graphs.decoder_shape,
         image=checkpoint.image,
         chat=checkpoint.chat,
+        quantization=recipe,
         splice=SpliceRecipe(checkpoint.config.tokenizer_model_max_length, checkpoint.config.tokenizer_padding_side),
         tools={name: importlib.metadata.version(name) for name in TOOLS},
         files=tuple(describe_file(directory, path) for path in sorted(paths)),
     )
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def _formats(checkpoint: Checkpoint, precision: Precision) -> dict[str, WeightFormat]:
+    """The decoder's weights that are to be stored as they are quantised."""
+    if precision in ("fp32", "fp16"):
+        return {}
+    linears = {*decoder_linears(checkpoint.config), LM_HEAD}
+    formats = {name: form for name, form in weight_formats(checkpoint.tensors).items() if name in linears}
+    if not formats:
+        raise InputError(
+            f"{checkpoint.directory}: none of its decoder's weights is quantised, which --precision {precision} wants; "
+            "quantise the checkpoint first"
+        )
+    return formats
+
+
+def _recipe(
+    checkpoint: Checkpoint, formats: Mapping[str, WeightFormat], accuracy_level: AccuracyLevel
+) -> QuantizationRecipe | None:
+    if not formats:
+        return None
+    heads: dict[int, HeadPrecision] = {8: "int8", 4: "int4"}
+    head = formats.get(LM_HEAD)
+    ((form, _),) = Counter(form for name, form in formats.items() if form is not head).most_common(1)
+    sources = (checkpoint.tensors[name] for name in formats)
+    ((method, _),) = Counter(s.method for s in sources if isinstance(s, QuantizedSource)).most_common(1)
+    return QuantizationRecipe(
+        method=method,
+        group_size=form.group_size,
+        symmetric=form.symmetric,
+        lm_head="fp16" if head is None else heads[head.bits],
+        weights=len(formats),
+        accuracy_level=accuracy_level,
+    )
 
 
 def _card(checkpoint: Checkpoint, precision: Precision) -> ModelCard:
@@ -144,7 +197,12 @@ def _require_free_name(output: Path, *, replace: bool) -> None:
 
 def _bytes_wanted(checkpoint: Checkpoint, graphs: Graphs) -> int:
     itemsize = np.dtype(graphs.decoder_shape.dtype).itemsize
-    return sum(math.prod(source.shape) * itemsize for source in checkpoint.tensors.values())
+    floats = {EMBED_TOKENS: math.prod(checkpoint.tensors[EMBED_TOKENS].shape) * itemsize}
+    for model in (graphs.vision, graphs.decoder):
+        for name, value in model.graph.initializers.items():
+            if value.const_value is None and value.dtype is not None and value.shape is not None:
+                floats[name] = math.prod(value.shape.numpy()) * value.dtype.bitwidth // 8
+    return sum(floats.values())
 
 
 def _require_space(checkpoint: Checkpoint, graphs: Graphs, output: Path) -> None:

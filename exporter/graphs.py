@@ -6,6 +6,7 @@ Parameters carry canonical tensor names and no data; :mod:`llava_deploy.exporter
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,11 +22,14 @@ from llava_deploy.engines.contract import (
     past_name,
 )
 from llava_deploy.engines.names import Precision
+from llava_deploy.exporter.blocks import quantize_linears
 from llava_deploy.exporter.config import LlavaConfig
 from llava_deploy.exporter.decoders.interface import Cache, StepInputs
 from llava_deploy.exporter.halves import LanguageModel, VisionEncoder
+from llava_deploy.exporter.quantization.weight import WeightFormat
 
-DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16"}
+DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "int4": "float16", "int4-awq": "float16"}
+"""What the graphs compute in; int4 is a matter of the decoder's weights."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,13 @@ def decoder_shape(config: LlavaConfig, precision: Precision) -> DecoderShape:
     )
 
 
-def build_graphs(config: LlavaConfig, precision: Precision) -> Graphs:
-    """Build both canonical graphs of a model, without weights."""
+def build_graphs(config: LlavaConfig, precision: Precision, formats: Mapping[str, WeightFormat]) -> Graphs:
+    """Build both canonical graphs of a model, without weights; ``formats`` names the decoder's quantised weights."""
     vision, decoder = vision_shape(config, precision), decoder_shape(config, precision)
     dtype = ir.DataType.from_numpy(np.dtype(vision.dtype))
-    return Graphs(_vision_graph(config, vision, dtype), _decoder_graph(config, decoder, dtype), vision, decoder)
+    return Graphs(
+        _vision_graph(config, vision, dtype), _decoder_graph(config, decoder, dtype, formats), vision, decoder
+    )
 
 
 def _vision_graph(config: LlavaConfig, shape: VisionShape, dtype: ir.DataType) -> ir.Model:
@@ -73,13 +79,17 @@ def _vision_graph(config: LlavaConfig, shape: VisionShape, dtype: ir.DataType) -
     return _finish(builder, spec, [builder.op.Identity(features)])
 
 
-def _decoder_graph(config: LlavaConfig, shape: DecoderShape, dtype: ir.DataType) -> ir.Model:
+def _decoder_graph(
+    config: LlavaConfig, shape: DecoderShape, dtype: ir.DataType, formats: Mapping[str, WeightFormat]
+) -> ir.Model:
     spec = shape.spec()
     builder, inputs = _begin(spec)
     layers = range(config.decoder.num_hidden_layers)
     past = [Cache(inputs[past_name(i, "key")], inputs[past_name(i, "value")]) for i in layers]
     step = StepInputs(**{field.name: inputs[field.name] for field in dataclasses.fields(StepInputs)})
-    logits, present = LanguageModel(config, dtype)(builder.op, step, past)
+    model = LanguageModel(config, dtype)
+    quantize_linears(model, formats, dtype)
+    logits, present = model(builder.op, step, past)
     return _finish(builder, spec, [logits, *(value for cache in present for value in (cache.key, cache.value))])
 
 

@@ -6,7 +6,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from llava_deploy.exporter.blocks import Linear
-from llava_deploy.exporter.config import LlavaConfig
+from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD, LlavaConfig
 from llava_deploy.exporter.decoders import llama
 from llava_deploy.exporter.decoders.interface import Cache, StepInputs
 from llava_deploy.exporter.projector import Projector
@@ -57,3 +57,10 @@ class LanguageModel(nn.Module):
         hidden, present = self.language_model(op, step, past)  # [batch, hidden], or logits where they are tied
         logits = hidden if self.lm_head is None else self.lm_head(op, hidden)
         return op.Cast(logits, to=ir.DataType.FLOAT), present
+
+
+def decoder_linears(config: LlavaConfig) -> tuple[str, ...]:
+    """Canonical names of the weights of the decoder's linear layers, the output layer not among them."""
+    modules = LanguageModel(config, ir.DataType.FLOAT).named_modules()
+    names = (f"{name}.weight" for name, module in modules if isinstance(module, Linear))
+    return tuple(name for name in names if name not in (EMBED_TOKENS, LM_HEAD))

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from llava_deploy.engines.errors import CheckpointError, LlavaDeployError
 from llava_deploy.exporter.config import EMBED_TOKENS, LlavaConfig
 from llava_deploy.exporter.halves import LanguageModel, VisionEncoder
+from llava_deploy.exporter.quantization.weight import QuantizedSource, require_scales
 
 if TYPE_CHECKING:
     from llava_deploy.exporter.sources.tensors import TensorSource
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 22  # values
 _PAGE, _LINE = 4096, 64  # bytes
 _INLINE = 1024  # bytes
+_QUANTIZED_BITS = 8  # or fewer; the floats have more
 
 Progress = Callable[[int], None]
 """Called with the number of source bytes that were just written."""
@@ -77,38 +79,90 @@ def _refuse(source: TensorSource, chunk: np.ndarray, dtype: np.dtype) -> NoRetur
     )
 
 
+@dataclass
+class _DataFile:
+    """An external data file that is being written; its tensors come one after the other."""
+
+    file: BinaryIO
+    path: Path
+
+    def begin(self, length: int) -> int:
+        """Go to where ``length`` bytes are to stand: on the next page, or the next cache line if they fill no page."""
+        position = self.file.tell()
+        alignment = _PAGE if length >= _PAGE else _LINE
+        self.file.write(b"\0" * (-position % alignment))
+        return self.file.tell()
+
+    def refer(self, value: ir.Value, offset: int) -> None:
+        """Have ``value`` take its data from ``offset`` on."""
+        value.const_value = _external(value, self.path, offset)
+
+
+def _external(value: ir.Value, path: Path, offset: int) -> ir.ExternalTensor:
+    dtype, shape = _type_of(value)
+    return ir.ExternalTensor(
+        path.name, offset, _length(value), dtype, shape=shape, name=str(value.name), base_dir=path.parent
+    )
+
+
+def _type_of(value: ir.Value) -> tuple[ir.DataType, ir.Shape]:
+    if value.dtype is None or value.shape is None:
+        raise LlavaDeployError(f"initializer {value.name!r} has no type; this is a bug")
+    return value.dtype, value.shape
+
+
+def _length(value: ir.Value) -> int:
+    dtype, shape = _type_of(value)
+    return math.prod(shape.numpy()) * dtype.bitwidth // 8
+
+
 def attach_weights(model: ir.Model, tensors: Mapping[str, TensorSource], path: Path, shared: SharedTable,
                    progress: Progress) -> None:  # fmt: skip
     """Write the weights of ``model`` to the external data file ``path`` and refer its parameters to it.
 
     Tensors stand in the order of the graph, each from the next page on, or from the next cache line where it is smaller
-    than a page. A parameter named as the embedding table refers to the table's own file. Peak memory is one chunk.
+    than a page. A parameter named as the embedding table refers to the table's own file. Peak memory is one chunk, or
+    one quantised weight.
     """
     with path.open("wb") as file:
+        data = _DataFile(file, path)
         for name, value in model.graph.initializers.items():
-            dtype, shape, constant = value.dtype, value.shape, value.const_value
-            if dtype is None or shape is None:
-                raise LlavaDeployError(f"graph {model.graph.name!r}: initializer {name!r} has no type; this is a bug")
-            length = math.prod(shape.numpy()) * dtype.numpy().itemsize
-            location, offset = path.name, _padded(file.tell(), length)
-            if name == EMBED_TOKENS:
-                location, offset = shared.path.name, shared.offset
-            elif name in tensors:
-                file.write(b"\0" * (offset - file.tell()))
-                write_tensor(file, tensors[name], dtype.numpy(), progress)
-            elif constant is None or length <= _INLINE:  # a constant of the graph's own
+            if isinstance(value.const_value, ir.ExternalTensor):  # written with the weight that it belongs to
                 continue
-            else:
-                file.write(b"\0" * (offset - file.tell()))
-                file.write(constant.tobytes())
-            value.const_value = ir.ExternalTensor(
-                location, offset, length, dtype, shape=shape, name=name, base_dir=path.parent
-            )
+            source = tensors.get(name)
+            if isinstance(source, QuantizedSource) and _type_of(value)[0].bitwidth <= _QUANTIZED_BITS:
+                _attach_quantized(model.graph.initializers, name, source, data)
+                progress(source.nbytes)
+            elif name == EMBED_TOKENS:
+                value.const_value = _external(value, shared.path, shared.offset)
+            elif source is not None:
+                offset = data.begin(_length(value))
+                write_tensor(file, source, _type_of(value)[0].numpy(), progress)
+                data.refer(value, offset)
+            elif value.const_value is not None and _length(value) > _INLINE:  # a constant of the graph's own
+                offset = data.begin(_length(value))
+                file.write(value.const_value.tobytes())
+                data.refer(value, offset)
 
 
-def _padded(position: int, length: int) -> int:
-    alignment = _PAGE if length >= _PAGE else _LINE
-    return position + -position % alignment
+def _attach_quantized(
+    initializers: Mapping[str, ir.Value], name: str, source: QuantizedSource, data: _DataFile
+) -> None:
+    """The weight and what belongs to it, under the names of :class:`~llava_deploy.exporter.blocks.QuantizedLinear`."""
+    weight = source.read_quantized()
+    scale = initializers[f"{name}_scale"]
+    kind = _type_of(scale)[0].numpy()
+    with np.errstate(over="ignore"):
+        scales = weight.scales.astype(kind)
+    require_scales(scales, f"{source.origin}, as {kind}")
+    parts = {"": weight.data, "_scale": scales, "_zero_point": weight.zero_points,
+             "_permutation": weight.permutation}  # fmt: skip
+    for suffix, values in parts.items():
+        if values is not None:
+            value = initializers[name + suffix]
+            offset = data.begin(_length(value))
+            data.file.write(np.ascontiguousarray(values).data.cast("B"))
+            data.refer(value, offset)
 
 
 def write_embedding_table(path: Path, source: TensorSource, dtype: np.dtype, progress: Progress) -> SharedTable:

@@ -9,12 +9,11 @@ from dataclasses import replace
 import numpy as np
 
 from llava_deploy.engines.errors import CheckpointError
-from llava_deploy.exporter.config import EMBED_TOKENS, LlavaConfig
+from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD, LlavaConfig
 from llava_deploy.exporter.sources.leftovers import rule_for, tower_rule_for
 from llava_deploy.exporter.sources.lora import Adapter, merged
 from llava_deploy.exporter.sources.tensors import TensorSource, renamed, require_dtype
 
-LM_HEAD = "lm_head.weight"
 _SHOWN = 3  # names of tensors in one message
 
 Naming = Callable[[str], str | None]

@@ -1,0 +1,105 @@
+"""Which weights of a model are stored in few bits, by round to nearest or as the checkpoint has them already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import get_args
+
+from llava_deploy.engines.errors import CheckpointError, InputError
+from llava_deploy.engines.names import HeadPrecision
+from llava_deploy.exporter.checkpoint import Checkpoint
+from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD
+from llava_deploy.exporter.halves import decoder_linears
+from llava_deploy.exporter.quantization.rtn import RoundedTensor, require_form
+from llava_deploy.exporter.quantization.weight import GROUP_SIZES, QuantizedSource, WeightFormat
+from llava_deploy.exporter.sources.tensors import TensorSource
+
+_INT8_COLUMNS = WeightFormat(8, None, symmetric=True, permuted=False)
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How a float checkpoint's decoder becomes int4.
+
+    Attributes:
+        group_size: input features that share a scale: 32, 64 or 128.
+        symmetric: no zero points; a little faster where a backend has no kernel for them, a little less exact.
+        lm_head: precision of the output layer; 8 bits have one scale an output.
+    """
+
+    group_size: int
+    symmetric: bool
+    lm_head: HeadPrecision
+
+    def __post_init__(self) -> None:
+        if self.group_size not in GROUP_SIZES:
+            raise InputError(f"group size: want one of {', '.join(map(str, GROUP_SIZES))}, got {self.group_size!r}")
+        if self.lm_head not in get_args(HeadPrecision):
+            raise InputError(f"lm_head: want one of {', '.join(get_args(HeadPrecision))}, got {self.lm_head!r}")
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """Of every linear layer but the output layer."""
+        return WeightFormat(4, self.group_size, self.symmetric, permuted=False)
+
+    @property
+    def head_format(self) -> WeightFormat | None:
+        """Of the output layer; ``None`` where it stays a float."""
+        return {"fp16": None, "int8": _INT8_COLUMNS, "int4": self.weight_format}[self.lm_head]
+
+
+def weight_formats(tensors: Mapping[str, TensorSource]) -> dict[str, WeightFormat]:
+    """Canonical names of the quantised weights with their formats."""
+    return {name: source.format for name, source in tensors.items() if isinstance(source, QuantizedSource)}
+
+
+def round_to_nearest(checkpoint: Checkpoint, options: QuantizeOptions) -> Checkpoint:
+    """The checkpoint with its decoder's linear layers rounded as they are read; nothing is read here.
+
+    Raises:
+        CheckpointError: it is quantised already.
+        InputError: a layer's size does not suit the group size.
+    """
+    require_float(checkpoint)
+    tensors = dict(checkpoint.tensors)
+    for name in decoder_linears(checkpoint.config):
+        tensors[name] = rounded(tensors[name], options.weight_format)
+    return with_head(replace(checkpoint, tensors=MappingProxyType(tensors)), options.head_format)
+
+
+def with_head(checkpoint: Checkpoint, form: WeightFormat | None) -> Checkpoint:
+    """The checkpoint with its output layer in ``form``; a tied one becomes a layer of its own, rounded."""
+    if form is None:
+        return checkpoint
+    config, tensors = checkpoint.config, dict(checkpoint.tensors)
+    source = tensors[EMBED_TOKENS if config.decoder.tie_word_embeddings else LM_HEAD]
+    tensors[LM_HEAD] = rounded(source, form, LM_HEAD)
+    config = replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))
+    return replace(checkpoint, config=config, tensors=MappingProxyType(tensors))
+
+
+def rounded(source: TensorSource, form: WeightFormat, name: str | None = None) -> RoundedTensor:
+    """``source`` rounded as it is read, under its own name or another.
+
+    Raises:
+        InputError: its sizes do not suit the format.
+    """
+    name = source.name if name is None else name
+    require_form(source.shape, form, f"{source.origin}, {name!r}")
+    return RoundedTensor(name, source, form)
+
+
+def require_float(checkpoint: Checkpoint) -> None:
+    """Refuse to quantise twice.
+
+    Raises:
+        CheckpointError: the checkpoint holds quantised weights.
+    """
+    held = next((source for source in checkpoint.tensors.values() if isinstance(source, QuantizedSource)), None)
+    if held is not None:
+        raise CheckpointError(
+            f"{held.origin}: is quantised already, to {held.format.bits} bits; export it with --precision int4 and "
+            "without options of quantisation, which keeps its values, or take the float checkpoint"
+        )
