@@ -8,7 +8,6 @@ latter's layouts are for the processor that it ran on.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from llava_deploy.engines.engine_manifest import (
@@ -27,7 +26,7 @@ from llava_deploy.engines.staging import staged_directory, write_error
 _EXTERNAL_FROM = 1024  # bytes: smaller constants stay inside the graph
 
 
-def build_onnxruntime(bundle: Path, *, replace: bool = False, on_graph: Callable[[str], None] = lambda _: None) -> Path:
+def build_onnxruntime(bundle: Path, *, replace: bool = False) -> Path:
     """Build the engine for the ONNX Runtime that is installed and return its directory.
 
     An engine that is there already, for the same graphs and version, and whole, is kept.
@@ -35,7 +34,6 @@ def build_onnxruntime(bundle: Path, *, replace: bool = False, on_graph: Callable
     Args:
         bundle: a bundle's directory.
         replace: build it even so.
-        on_graph: called with the name of each graph before it is built.
 
     Raises:
         BundleError: the bundle is damaged.
@@ -57,18 +55,17 @@ def build_onnxruntime(bundle: Path, *, replace: bool = False, on_graph: Callable
     _require_space(bundle, manifest)
     try:
         with staged_directory(output, replace=True) as staging:
-            _build(bundle, key, staging, on_graph)
+            _build(bundle, key, staging)
     except OSError as error:
         raise write_error(output, error) from error
     return output
 
 
-def _build(bundle: Path, key: EngineKey, staging: Path, on_graph: Callable[[str], None]) -> None:
+def _build(bundle: Path, key: EngineKey, staging: Path) -> None:
     import onnxruntime
 
     paths = []
     for name in (VISION_GRAPH, DECODER_GRAPH):
-        on_graph(name)
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 4  # its errors come as exceptions
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
