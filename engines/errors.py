@@ -19,6 +19,23 @@ class InputError(LlavaDeployError, ValueError):
     exit_code = 2
 
 
+class OptionError(InputError):
+    """An option has a value that it cannot have.
+
+    Attributes:
+        option: its name in Python; on the command line it is the flag of that name, ``--max-len`` for ``max_len``.
+        reason: the values that are wanted and the one that was found.
+    """
+
+    def __init__(self, option: str, reason: str) -> None:
+        super().__init__(option, reason)
+        self.option = option
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.option}: {self.reason}"
+
+
 class CheckpointError(InputError):
     """A checkpoint directory is not one, is damaged, or says something that cannot be honoured."""
 

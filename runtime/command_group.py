@@ -15,7 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from llava_deploy.engines.errors import InputError, LlavaDeployError
+from llava_deploy.engines.errors import InputError, LlavaDeployError, OptionError
 
 PROGRAM = "llava-deploy"
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -59,7 +59,7 @@ def refuse_given(reason: str, *names: str) -> None:
     context = click.get_current_context()
     given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        flags = ", ".join(map(_flag, given))
         raise click.UsageError(f"{flags}: {reason}; leave it out.", context)
 
 
@@ -117,6 +117,8 @@ def failure(error: Exception) -> tuple[str, int]:
 
     What is neither one of our errors nor the machine's (files, memory, a missing extra) is a bug, and said to be one.
     """
+    if isinstance(error, OptionError):
+        return _line(f"{_flag(error.option)}: {error.reason}"), error.exit_code
     if isinstance(error, LlavaDeployError):
         return _line(str(error)), error.exit_code
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
@@ -133,6 +135,10 @@ def failure(error: Exception) -> tuple[str, int]:
         return _line(f"{where}{error.strerror}"), 1
     what = _line(f"{type(error).__name__}: {error}")
     return f"{what} (a bug in llava-deploy: run it again with --debug, and report what that prints)", 1
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _line(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava_deploy.engines.errors import InputError
+from llava_deploy.engines.errors import InputError, OptionError
 from llava_deploy.engines.manifest import ImageRecipe
 from llava_deploy.runtime.llava import Llava
 from llava_deploy.runtime.pictures import PictureSource, load_picture
@@ -53,7 +53,7 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         if self.batch < 1:
-            raise InputError(f"batch: want 1 or more questions at once, got {self.batch}")
+            raise OptionError("batch", f"want 1 or more questions at once, got {self.batch}")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_deploy.engines.errors import InputError, LlavaDeployError
+from llava_deploy.engines.errors import LlavaDeployError, OptionError
 from llava_deploy.runtime.answers import FinishReason
 from llava_deploy.runtime.backend import DecoderSession
 from llava_deploy.runtime.sampling import Sampler
@@ -27,7 +27,7 @@ class GenerationLimits:
 
     def __post_init__(self) -> None:
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens: want 1 or more, got {self.max_new_tokens!r}")
+            raise OptionError("max_new_tokens", f"want 1 or more, got {self.max_new_tokens!r}")
 
 
 class Row:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from llava_deploy.engines.errors import BackendError, InputError
+from llava_deploy.engines.errors import BackendError, InputError, OptionError
 from llava_deploy.engines.integrity import Integrity
 from llava_deploy.runtime.answers import Answer, Piece, Timings
 from llava_deploy.runtime.backend import DecoderSession
@@ -69,16 +69,16 @@ class Llava:
         Raises:
             BundleError: the bundle is damaged or of another format.
             BackendError: the backend is not installed or cannot load the graphs.
-            InputError: ``max_len`` is outside what the model allows, ``threads`` is no number of threads, or the
+            OptionError: ``max_len`` is outside what the model allows, ``threads`` is no number of threads, or the
                 backend is not known.
         """
         if backend != "onnxruntime":
-            raise InputError(f"backend: want 'onnxruntime', got {backend!r}")
+            raise OptionError("backend", f"want 'onnxruntime', got {backend!r}")
         bundle = open_bundle(Path(path), integrity)
         shape = bundle.manifest.decoder
         slots = min(DEFAULT_MAX_LEN, shape.max_positions) if max_len is None else max_len
         if type(slots) is not int or not 1 <= slots <= shape.max_positions:
-            raise InputError(f"max_len: want 1 to {shape.max_positions}, the model's positions, got {slots!r}")
+            raise OptionError("max_len", f"want 1 to {shape.max_positions}, the model's positions, got {slots!r}")
         options = OnnxRuntimeOptions(threads)
         choice = choose_onnxruntime(bundle, onnxruntime_version(), integrity)
         vision = OnnxRuntimeVision(choice.vision, bundle.manifest.vision, options)
@@ -174,7 +174,7 @@ class Llava:
     ) -> tuple[Generation, int]:
         """Set up the run of a batch; how many tokens at its start the cache holds already."""
         if isinstance(stop, str) or not isinstance(stop, Sequence):
-            raise InputError(f"stop: want a list of texts, got {stop!r}; put a single one into a list")
+            raise OptionError("stop", f"want a list of texts, got {stop!r}; put a single one into a list")
         if not isinstance(sampling, SamplingOptions):
             raise InputError(f"sampling: want SamplingOptions, got {type(sampling).__name__}; make one of its values")
         stops = (*self.manifest.chat.stop_strings, *stop)

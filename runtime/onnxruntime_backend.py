@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llava_deploy.engines.contract import DecoderShape, VisionShape, past_name, present_name
-from llava_deploy.engines.errors import BackendError, InputError
+from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.runtime.backend import step_mask, step_positions
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class OnnxRuntimeOptions:
 
     def __post_init__(self) -> None:
         if self.threads is not None and not (type(self.threads) is int and 1 <= self.threads <= MOST_THREADS):
-            raise InputError(f"threads: want 1 to {MOST_THREADS}, or None for one a core, got {self.threads!r}")
+            reason = f"want 1 to {MOST_THREADS}, got {self.threads!r}; leave it out for one a physical core"
+            raise OptionError("threads", reason)
 
 
 def onnxruntime_version() -> str:
@@ -93,7 +94,7 @@ class OnnxRuntimeDecoder:
             wanted = 2 * shape.layers * np.prod(size, dtype=np.int64) * np.dtype(shape.dtype).itemsize
             raise BackendError(
                 f"the KV cache of {batch} x {self.max_len} tokens wants {wanted:,} bytes, which the machine does not "
-                "have; load the bundle with a smaller max_len or give fewer prompts at once"
+                "have; load the bundle with a smaller max_len (--max-len) or give fewer prompts at once"
             ) from error
         except RuntimeError as error:
             raise BackendError(f"the decoder's cache cannot be bound: {_cause(error)}; {_VERIFY}") from error

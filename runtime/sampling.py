@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_deploy.engines.errors import BackendError, ContractError, InputError
+from llava_deploy.engines.errors import BackendError, ContractError, OptionError
 
 
 def _is_number(value: object) -> bool:
@@ -28,7 +28,7 @@ class SamplingOptions:
         seed: two runs with one seed draw the same; ``None`` draws anew each time.
 
     Raises:
-        InputError: a value outside its range.
+        OptionError: a value outside its range.
     """
 
     temperature: float = 0.0
@@ -39,17 +39,17 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         if not (_is_number(self.temperature) and self.temperature >= 0):
-            raise InputError(f"temperature: want a number, 0 (greedy) or more, got {self.temperature!r}")
+            raise OptionError("temperature", f"want a number, 0 (greedy) or more, got {self.temperature!r}")
         if self.top_k is not None and not (type(self.top_k) is int and self.top_k >= 1):
-            raise InputError(f"top_k: want a whole number, 1 or more, or None for no limit, got {self.top_k!r}")
+            raise OptionError("top_k", f"want a whole number, 1 or more, got {self.top_k!r}; leave it out for no limit")
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise InputError(f"top_p: want a number above 0 and up to 1, or None for no limit, got {self.top_p!r}")
+            raise OptionError("top_p", f"want a number above 0, up to 1, got {self.top_p!r}; leave it out for no limit")
         if not (_is_number(self.repetition_penalty) and 1e-6 <= self.repetition_penalty <= 1e6):
-            raise InputError(
-                f"repetition_penalty: want a number from 1e-6 to 1e6 (1 is none), got {self.repetition_penalty!r}"
-            )
+            reason = f"want a number from 1e-6 to 1e6 (1 is none), got {self.repetition_penalty!r}"
+            raise OptionError("repetition_penalty", reason)
         if self.seed is not None and not (type(self.seed) is int and self.seed >= 0):
-            raise InputError(f"seed: want a whole number, 0 or more, or None, got {self.seed!r}")
+            reason = f"want a whole number, 0 or more, got {self.seed!r}; leave it out for another draw each time"
+            raise OptionError("seed", reason)
 
 
 GREEDY = SamplingOptions()

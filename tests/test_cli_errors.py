@@ -23,9 +23,23 @@ ErrorLine = Callable[[Result], str]
         (["--nope"], 2, "No such option '--nope'"),
         (["run", "BUNDLE"], 2, "Missing option '--prompt'. See: llava-deploy run --help"),
         (["run", "BUNDLE", "--prompt", "x", "--top-k", "y"], 2, "'y' is not a valid integer"),
-        (["run", "BUNDLE", "--prompt", "x", "--temperature", "-1"], 2, "temperature: want"),
-        (["run", "BUNDLE", "--prompt", "x", "--max-new-tokens", "0"], 2, "max_new_tokens: want"),
-        (["run", "BUNDLE", "--prompt", "x", "--max-len", "9999999", "-q"], 2, "max_len: want"),
+        (["run", "BUNDLE", "--prompt", "x", "--temperature", "-1"], 2, "error: --temperature: want"),
+        (["run", "BUNDLE", "--prompt", "x", "--max-new-tokens", "0"], 2, "error: --max-new-tokens: want"),
+        (["run", "BUNDLE", "--prompt", "x", "--max-len", "9999999", "-q"], 2, "error: --max-len: want"),
+        (
+            ["run", "BUNDLE", "--prompt", "x", "--threads", "0"],
+            2,
+            "error: --threads: want 1 to 1024, got 0; leave it out",
+        ),
+        (
+            ["run", "BUNDLE", "--prompt", "x", "--top-k", "0"],
+            2,
+            "error: --top-k: want a whole number, 1 or more, got 0",
+        ),
+        (["run", "BUNDLE", "--prompt", "x", "--top-p", "2"], 2, "error: --top-p: want"),
+        (["run", "BUNDLE", "--prompt", "x", "--repetition-penalty", "0"], 2, "error: --repetition-penalty: want"),
+        (["chat", "BUNDLE", "--seed", "-1"], 2, "error: --seed: want a whole number, 0 or more, got -1; leave it out"),
+        (["eval", "BUNDLE", "--batch", "0"], 2, "error: --batch: want"),
         (["run", "BUNDLE", "--prompt", "x", "--image", "nowhere.png"], 2, "nowhere.png"),
         (["run", "BUNDLE", "--prompt", "<image>", "-q"], 2, "placeholder"),
         (["run", "nowhere", "--prompt", "x"], 2, "llava-deploy export"),
@@ -55,6 +69,7 @@ def test_errors_are_one_line(
     result = invoke(*(places.get(argument, argument) for argument in arguments))
     assert result.exit_code == exit_code
     assert said in error_line(result)
+    assert "None" not in error_line(result)
     assert result.stdout == ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_deploy.engines.errors import BackendError, InputError
+from llava_deploy.engines.errors import BackendError, InputError, OptionError
 from llava_deploy.runtime import Llava, SamplingOptions
 from llava_deploy.runtime.context import FEATURES_KEPT, FeatureCache
 from llava_deploy.runtime.sampling import Sampler
@@ -71,6 +72,11 @@ def test_backend_errors_are_one_line(llava: Llava) -> None:
     with pytest.raises(BackendError, match="ONNX Runtime failed in the decoder: ") as caught:
         llava.decoder.step(wrong, np.zeros(1, np.int64), np.zeros(1, np.int64))
     assert "\n" not in str(caught.value)
+
+
+def test_an_option_error_survives_another_process() -> None:
+    error = pickle.loads(pickle.dumps(OptionError("top_k", "want 1 or more")))
+    assert (str(error), error.option, error.exit_code) == ("top_k: want 1 or more", "top_k", 2)
 
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e308])
