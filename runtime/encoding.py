@@ -33,13 +33,14 @@ class EncodedBatch:
     Attributes:
         inputs_embeds: ``[batch, seq, hidden]`` in the decoder's dtype, rows padded right.
         lengths: int64 ``[batch]``, each row's own tokens.
-        text_ids: each row's token ids without its pictures.
+        seen_ids: each row's token ids, a picture as the placeholder's id where that has one: what transformers' logits
+            processors see of a prompt.
         slots: what each token of the first row was computed from: its id, or its picture's digest and feature row.
     """
 
     inputs_embeds: np.ndarray
     lengths: np.ndarray
-    text_ids: list[list[int]]
+    seen_ids: list[list[int]]
     slots: list[Hashable]
     preprocess_seconds: float
     vision_seconds: float
@@ -133,7 +134,7 @@ class PromptEncoder:
         return EncodedBatch(
             inputs_embeds=inputs_embeds,
             lengths=np.array(lengths),
-            text_ids=[row[row != IMAGE_TOKEN_INDEX].tolist() for row in ids],
+            seen_ids=[self._seen(row) for row in ids],
             slots=slots,
             preprocess_seconds=laps.seconds["preprocess"],
             vision_seconds=laps.seconds["vision"],
@@ -196,6 +197,11 @@ class PromptEncoder:
         empty = np.zeros((0, self._table.shape[1]), self._table.dtype)
         runs = [run for row in features for run in (row or [empty])]
         return splice(batch, None, mask, None, runs, embed=self.embed, options=SpliceOptions()).inputs_embeds
+
+    def _seen(self, ids: np.ndarray) -> list[int]:
+        placeholder = self._manifest.chat.image_token_id
+        text: list[int] = ids[ids != IMAGE_TOKEN_INDEX].tolist()
+        return text if placeholder is None or len(text) == len(ids) else [*text, placeholder]
 
     def _slots(self, ids: np.ndarray, digests: list[bytes]) -> list[Hashable]:
         patches = range(self._manifest.vision.patches)

@@ -36,7 +36,7 @@ class Row:
     def __init__(self, text: TextStream, history: Sequence[int], length: int) -> None:
         self.text = text
         self.history = list(history)
-        """Ids that the repetition penalty looks at: the prompt's text, then the chosen tokens."""
+        """Ids that the repetition penalty looks at: the prompt's, then the chosen tokens."""
         self.length = length
         """Slots of the cache that are this row's: the index that its next key goes to."""
         self.new_tokens: list[int] = []

@@ -180,7 +180,7 @@ class Llava:
         stops = (*self.manifest.chat.stop_strings, *stop)
         rows = [
             Row(TextStream(self.encoder.tokenizer, stops), history, length)
-            for history, length in zip(batch.text_ids, batch.lengths.tolist(), strict=True)
+            for history, length in zip(batch.seen_ids, batch.lengths.tolist(), strict=True)
         ]
         sampler = Sampler(sampling, len(rows))
         self._call += 1

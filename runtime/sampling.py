@@ -24,7 +24,8 @@ class SamplingOptions:
         top_k: draw from the ``top_k`` most likely tokens (and any as likely as the last of them); ``None`` from all.
         top_p: draw from the fewest most likely tokens whose probabilities reach ``top_p``; ``None`` from all.
         repetition_penalty: divides the logit of every token seen before, multiplies it where it is negative
-            (https://huggingface.co/papers/1909.05858); 1 changes nothing.
+            (https://huggingface.co/papers/1909.05858), in the prompt or the answer, and of the placeholder if there was
+            a picture; 1 changes nothing.
         seed: two runs with one seed draw the same; ``None`` draws anew each time.
 
     Raises:
