@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -77,6 +77,7 @@ ORIGINAL_CASES: dict[str, dict[str, Any]] = {
     "original, mlp3x_gelu, cls kept": {"mm_projector_type": "mlp3x_gelu", "mm_vision_select_feature": "cls_patch"},
     "original, identity projector": {"mm_projector_type": "identity"},
 }
+SaveCompanions = Callable[[Path, int], PreTrainedTokenizerFast]
 TOLERANCE = 1e-4
 NEW_TOKENS = 64
 PROMPT = "What is <image> this?"
@@ -94,16 +95,6 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.12)
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(1.0)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", additional_special_tokens=["<image>"]
-    )
 
 
 def vision_config(rng: random.Random, overrides: dict[str, Any]) -> CLIPVisionConfig:
@@ -138,11 +129,13 @@ def text_fields(rng: random.Random, vocab: int, overrides: dict[str, Any]) -> di
 
 
 @pytest.fixture(params=HF_CASES)
-def hf_case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, LlavaForConditionalGeneration, Path]:
+def hf_case(
+    request: pytest.FixtureRequest, tmp_path: Path, save_companions: SaveCompanions
+) -> tuple[str, LlavaForConditionalGeneration, Path]:
     """A saved checkpoint and the model that it was saved from."""
     case, rng = HF_CASES[request.param], random.Random(request.param)
-    tokenizer = byte_tokenizer()
     vision = vision_config(rng, case.get("vision", {}))
+    tokenizer = save_companions(tmp_path / "checkpoint", vision.image_size)
     text = LlamaConfig(**text_fields(rng, len(tokenizer), case.get("text", {})))
     top = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", **case.get("top", {})}
     image_token = tokenizer.convert_tokens_to_ids("<image>")
@@ -152,14 +145,7 @@ def hf_case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, LlavaF
     model.tie_weights()
     model.generation_config.eos_token_id = None
     model.save_pretrained(tmp_path / "checkpoint")
-    save_companions(tmp_path / "checkpoint", tokenizer, vision.image_size)
     return request.param, model, tmp_path / "checkpoint"
-
-
-def save_companions(directory: Path, tokenizer: PreTrainedTokenizerFast, size: int) -> None:
-    tokenizer.save_pretrained(directory)
-    processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    processor.save_pretrained(directory)
 
 
 def picture(seed: int, size: tuple[int, int] = (50, 41)) -> Image.Image:
@@ -234,15 +220,14 @@ def logits_in_pieces(llava: Llava, embeds: np.ndarray, pieces: list[int]) -> np.
 
 
 @pytest.mark.parametrize("name", ORIGINAL_CASES)
-def test_original_layout_against_the_reference(name: str, tmp_path: Path) -> None:
+def test_original_layout_against_the_reference(name: str, tmp_path: Path, save_companions: SaveCompanions) -> None:
     """Projectors that only the original layout can say, with the tower beside the checkpoint."""
     rng = random.Random(name)
-    tokenizer = byte_tokenizer()
     vision = vision_config(rng, {})
+    tokenizer = save_companions(tmp_path / "tower", vision.image_size)
     tower = CLIPVisionModel(vision)
     randomise(tower, 1)
     tower.save_pretrained(tmp_path / "tower")
-    save_companions(tmp_path / "tower", tokenizer, vision.image_size)
     fields = text_fields(rng, len(tokenizer), {})
     if ORIGINAL_CASES[name]["mm_projector_type"] == "identity":
         fields["hidden_size"] = vision.hidden_size
@@ -269,7 +254,7 @@ def test_original_layout_against_the_reference(name: str, tmp_path: Path) -> Non
     with torch.no_grad():
         features = model.encode_images(pixels).numpy()
     feature_error = float(np.abs(llava.encoder.vision.encode(pixels.numpy()) - features).max())
-    ids = torch.tensor([[5, 9, -200, 7, 30, 31]])
+    ids = torch.tensor([[tokenizer.bos_token_id, 5, 9, -200, 7, 30, 31]])
     with torch.no_grad():
         want = model.generate(ids, images=pixels, attention_mask=torch.ones_like(ids), do_sample=False,
                               max_new_tokens=NEW_TOKENS, pad_token_id=0)  # fmt: skip
