@@ -256,13 +256,20 @@ def test_original_layout_against_the_reference(name: str, tmp_path: Path, save_c
     feature_error = float(np.abs(llava.encoder.vision.encode(pixels.numpy()) - features).max())
     ids = torch.tensor([[tokenizer.bos_token_id, 5, 9, -200, 7, 30, 31]])
     with torch.no_grad():
-        want = model.generate(ids, images=pixels, attention_mask=torch.ones_like(ids), do_sample=False,
-                              max_new_tokens=NEW_TOKENS, pad_token_id=0)  # fmt: skip
+        wanted = model.generate(ids, images=pixels, attention_mask=torch.ones_like(ids), do_sample=False,
+                                max_new_tokens=NEW_TOKENS, output_logits=True, return_dict_in_generate=True,
+                                pad_token_id=0)  # fmt: skip
     text = tokenizer.decode([5, 9]) + "<image>" + tokenizer.decode([7, 30, 31])
     answer = llava.generate([text], [[image]], max_new_tokens=NEW_TOKENS)[0]
-    report(f"| {name} | {feature_error:.1e} |  | {NEW_TOKENS} of {NEW_TOKENS} |")
+    found = llava.encoder.encode([text], [[image]], llava.max_len)
+    length, logit_error = int(found.lengths[0]), 0.0
+    for pieces in ([length], [3, 1, length - 4], [1] * length):
+        got = logits_in_pieces(llava, found.inputs_embeds, pieces)
+        logit_error = max(logit_error, float(np.abs(got - wanted.logits[0].numpy()).max()))
+    report(f"| {name} | {feature_error:.1e} | {logit_error:.1e} | {NEW_TOKENS} of {NEW_TOKENS} |")
     assert feature_error < TOLERANCE
-    assert answer.token_ids == tuple(want[0, -NEW_TOKENS:].tolist())
+    assert logit_error < TOLERANCE
+    assert answer.token_ids == tuple(wanted.sequences[0, -NEW_TOKENS:].tolist())
 
 
 def test_nothing_is_registered_without_a_parity_case() -> None:
