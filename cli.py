@@ -255,8 +255,10 @@ def chat(bundle: Path, images: tuple[str, ...], answering: _Answering) -> None:
     converse(Conversation(llava, options), standard_terminal(llava.max_len, say), pictures)
 
 
-@main.command("eval", epilog=examples("eval bundle", "eval bundle --data questions.jsonl --json"))
-@_bundle
+@main.command(
+    "eval", epilog=examples("eval bundle", "eval fp32 fp16 int4", "eval bundle --data questions.jsonl --json")
+)
+@click.argument("bundles", type=_path, nargs=-1, required=True, metavar="BUNDLE [BUNDLE ...]")
 @click.option("--data", type=_path, metavar="FILE", help='JSON lines {"image", "question", "answer"[, "kind"]}.')
 @click.option("--per-kind", type=int, default=100, show_default=True, help="Drawn questions of each kind.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the drawn pictures.")
@@ -265,7 +267,7 @@ def chat(bundle: Path, images: tuple[str, ...], answering: _Answering) -> None:
 @click.option("--max-new-tokens", type=int, default=32, show_default=True, help="Longest answer.")
 @_json
 def evaluate(
-    bundle: Path,
+    bundles: tuple[Path, ...],
     data: Path | None,
     per_kind: int,
     seed: int,
@@ -274,27 +276,27 @@ def evaluate(
     max_new_tokens: int,
     as_json: bool,
 ) -> None:
-    """Measure how often a bundle answers right.
+    """Measure how often a bundle answers right, or compare several.
 
     Without --data it is asked about drawn pictures that the tiny model of this package has never seen, and 'chance'
     is what guessing would get right. An answer counts if it is the wanted one: exactly, but for case, runs of spaces,
     a full stop at the end and Unicode's compatibility forms (NFKC).
+
+    Of several bundles of one model, the first is what the others are compared with, token by token along its greedy
+    answers: how often both would choose the same next token, and the mean KL divergence, in nats, of the next token's
+    distribution from the first one's. They are loaded one after the other.
     """
     from llava_deploy.exporter.demo.questions import chances, drawn_questions
-    from llava_deploy.runtime import terminal
-    from llava_deploy.runtime.evaluation import EvalOptions, Shown, evaluate, read_questions
+    from llava_deploy.runtime.evaluation import EvalOptions, Shown, read_questions
+    from llava_deploy.runtime.terminal_eval import Exam, examine
+    from llava_deploy.runtime.terminal_run import Output
 
     if data is not None:
         refuse_given("of no effect with --data, whose questions are all asked", "per_kind", "seed")
     options = EvalOptions(Shown.BLANK if blank else Shown.PICTURE, batch, max_new_tokens)
     questions = drawn_questions(per_kind, seed) if data is None else read_questions(data)
-    chance = chances() if data is None else {}
-    llava = _load(bundle, None, None)
-    with terminal.progress("asking", quiet=quiet()) as step:
-        report = evaluate(llava, questions, options, lambda outcome: step(outcome.number, len(questions)))
-    value = {**report.to_dict(), "chance": chance, "shown": options.shown.value}
-    terminal.show(value if as_json else terminal.accuracy_table(report, chance))
-    say(f"{len(questions)} questions in {terminal.seconds(report.seconds)}; --json lists the wrong answers")
+    exam = Exam(questions, options, chances() if data is None else {})
+    examine(bundles, exam, lambda bundle: _load(bundle, None, None), Output.JSON if as_json else Output.TEXT)
 
 
 @main.command(epilog=examples("verify llava-1.5-7b-hf bundle", "verify checkpoint bundle --image photo.jpg --json"))

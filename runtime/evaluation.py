@@ -16,6 +16,7 @@ from PIL import Image
 
 from llava_deploy.engines.errors import InputError, OptionError
 from llava_deploy.engines.manifest import ImageRecipe
+from llava_deploy.runtime.answers import Answer
 from llava_deploy.runtime.llava import Llava
 from llava_deploy.runtime.pictures import PictureSource, load_picture
 from llava_deploy.runtime.prompt import render_chat
@@ -54,6 +55,15 @@ class EvalOptions:
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise OptionError("batch", f"want 1 or more questions at once, got {self.batch}")
+
+
+@dataclass(frozen=True)
+class AskedBatch:
+    """Questions put at once, as the model got them: a prompt and a list of pictures each; and what it answered."""
+
+    prompts: Sequence[str]
+    pictures: Sequence[Sequence[PictureSource]]
+    answers: Sequence[Answer]
 
 
 @dataclass(frozen=True)
@@ -126,30 +136,41 @@ def evaluate(
     questions: Iterable[Question],
     options: EvalOptions,
     on_answer: Callable[[Outcome], None] = lambda _: None,
+    on_batch: Callable[[AskedBatch], None] = lambda _: None,
 ) -> EvalReport:
     """Ask every question on its own, through the model's chat template.
+
+    Args:
+        llava: the bundle.
+        questions: taken ``options.batch`` at a time.
+        options: how they are put.
+        on_answer: called after each question.
+        on_batch: called after each batch, before its ``on_answer``; its time is not in the report's seconds.
 
     Raises:
         PictureError: a picture that cannot be used.
         PromptError: a question longer than the context.
     """
-    began = time.perf_counter()
+    seconds = 0.0
     outcomes: list[Outcome] = []
     for asked in _batches(questions, options.batch):
-        pictures = [_shown(question.picture, options.shown, llava.manifest.image) for question in asked]
+        began = time.perf_counter()
+        pictures = [[_shown(question.picture, options.shown, llava.manifest.image)] for question in asked]
         prompts = [
             render_chat(
                 [{"role": "user", "content": [{"type": "image", "image": p}, {"type": "text", "text": q.text}]}],
                 llava.manifest.chat,
             )
-            for p, q in zip(pictures, asked, strict=True)
+            for (p,), q in zip(pictures, asked, strict=True)
         ]
-        answers = llava.generate(prompts, [[p] for p in pictures], max_new_tokens=options.max_new_tokens)
+        answers = llava.generate(prompts, pictures, max_new_tokens=options.max_new_tokens)
+        seconds += time.perf_counter() - began
+        on_batch(AskedBatch(prompts, pictures, answers))
         for question, said in zip(asked, answers, strict=True):
             outcome = Outcome(len(outcomes) + 1, question.kind, question.text, question.answer, said.text.strip())
             outcomes.append(outcome)
             on_answer(outcome)
-    return EvalReport(tuple(outcomes), time.perf_counter() - began)
+    return EvalReport(tuple(outcomes), seconds)
 
 
 def read_questions(path: Path) -> list[Question]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_deploy.engines.errors import LlavaDeployError, OptionError
+from llava_deploy.engines.errors import LlavaDeployError, OptionError, PromptError
 from llava_deploy.runtime.answers import FinishReason
 from llava_deploy.runtime.backend import DecoderSession
 from llava_deploy.runtime.sampling import Sampler
@@ -156,3 +156,42 @@ def prefill(decoder: DecoderSession, inputs_embeds: np.ndarray, start: int, leng
             logits = np.empty(found.shape, found.dtype)
         logits[ends] = found[ends]
     return logits
+
+
+def logits_along(
+    decoder: DecoderSession,
+    inputs_embeds: np.ndarray,
+    start: int,
+    lengths: np.ndarray,
+    answers: Sequence[Sequence[int]],
+    embed: Callable[[np.ndarray], np.ndarray],
+) -> Iterator[np.ndarray]:
+    """Read answers that are given, and yield the logits after each of their prefixes (teacher forcing).
+
+    Args:
+        decoder: as for :func:`prefill`, also ``start``.
+        inputs_embeds: ``[batch, seq, hidden]``, the prompts without their first ``start`` tokens, padded right.
+        start: see there.
+        lengths: int64 ``[batch]``, tokens of each prompt, the first ``start`` included.
+        answers: token ids for each row.
+        embed: int64 ids ``[batch]`` to embeddings ``[batch, hidden]``.
+
+    Yields:
+        float32 ``[batch, vocab]``, valid until the next: after the prompts, then after one more token of each answer,
+        as often as the longest answer has tokens. A row whose answer has no more holds nothing of use.
+
+    Raises:
+        PromptError: not an answer a row, or one that is empty, too long for the context, or not in the vocabulary.
+    """
+    if len(answers) != len(lengths):
+        raise PromptError(f"answers: want one a prompt, {len(lengths)}, got {len(answers)}")
+    for index, (answer, most) in enumerate(zip(answers, (decoder.max_len + 1 - lengths).tolist(), strict=True)):
+        if not 1 <= len(answer) <= most:
+            raise PromptError(f"answer {index}: want 1 to {most} tokens, which fit the context, got {len(answer)}")
+    yield prefill(decoder, inputs_embeds, start, lengths - start)
+    last_index = np.zeros(len(answers), np.int64)
+    for count in range(1, max(map(len, answers))):
+        # A row whose answer has no more writes its last token again, to the same slot.
+        last = np.array([min(count, len(answer)) - 1 for answer in answers])
+        tokens = np.array([answer[at] for answer, at in zip(answers, last.tolist(), strict=True)])
+        yield decoder.step(embed(tokens)[:, None], lengths + last, last_index)

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from llava_deploy.engines.errors import BackendError, InputError, OptionError
 from llava_deploy.engines.integrity import Integrity
 from llava_deploy.runtime.answers import Answer, Piece, Timings
@@ -16,7 +18,7 @@ from llava_deploy.runtime.bundle import Bundle, open_bundle
 from llava_deploy.runtime.context import CachedContext
 from llava_deploy.runtime.encoding import EncodedBatch, PromptEncoder
 from llava_deploy.runtime.engine_choice import choose_onnxruntime
-from llava_deploy.runtime.generation import Generation, GenerationLimits, Row
+from llava_deploy.runtime.generation import Generation, GenerationLimits, Row, logits_along
 from llava_deploy.runtime.onnxruntime_backend import (
     OnnxRuntimeDecoder,
     OnnxRuntimeOptions,
@@ -169,6 +171,30 @@ class Llava:
         prompt = render_chat(messages, self.manifest.chat)
         return self.stream(prompt, images_of(messages), max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
 
+    def logits_along(
+        self, prompts: Sequence[str], images: Sequence[Sequence[PictureSource]] | None, answers: Sequence[Sequence[int]]
+    ) -> Iterator[np.ndarray]:
+        """Read answers that are given, and yield what the model expects after each of their prefixes (teacher forcing).
+
+        Args:
+            prompts: see :meth:`generate`, also for ``images``.
+            images: see there.
+            answers: token ids of each prompt's answer, one at least.
+
+        Yields:
+            Logits ``[batch, vocab]``: see :func:`~llava_deploy.runtime.generation.logits_along`, also for errors.
+        """
+        batch = self.encoder.encode(prompts, images, self.decoder.max_len)
+        reused = self._claim_cache(batch)
+        call, embeds = self._call, batch.inputs_embeds[:, reused:]
+        for count, logits in enumerate(
+            logits_along(self.decoder, embeds, reused, batch.lengths, answers, self.encoder.embed)
+        ):
+            if len(batch.lengths) == 1:
+                self._context.extend((answers[0][count - 1],) if count else batch.slots[reused:])
+            yield logits
+            self._require_latest(call)
+
     def _start(
         self, batch: EncodedBatch, limits: GenerationLimits, sampling: SamplingOptions, stop: Sequence[str]
     ) -> tuple[Generation, int]:
@@ -183,13 +209,17 @@ class Llava:
             for history, length in zip(batch.seen_ids, batch.lengths.tolist(), strict=True)
         ]
         sampler = Sampler(sampling, len(rows))
+        reused = self._claim_cache(batch)
+        return Generation(self.decoder, sampler, limits, rows), reused
+
+    def _claim_cache(self, batch: EncodedBatch) -> int:
+        """Take the cache for a new call; how many tokens at the batch's start it holds already."""
         self._call += 1
-        if len(rows) > 1:
+        single = len(batch.lengths) == 1
+        if not single:
             self._context.clear()  # first: the old cache is gone even where there is no room for the new one
-        self.decoder.begin(len(rows))
-        if len(rows) > 1:
-            return Generation(self.decoder, sampler, limits, rows), 0
-        return Generation(self.decoder, sampler, limits, rows), self._context.reuse(batch.slots)
+        self.decoder.begin(len(batch.lengths))
+        return self._context.reuse(batch.slots) if single else 0
 
     def _steps(self, generation: Generation, batch: EncodedBatch, reused: int, call: int) -> Iterator[None]:
         """Run the generation of the call numbered ``call`` and keep the record of what a one-row cache holds."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.style import Style
@@ -19,7 +18,6 @@ from rich.text import Text
 
 from llava_deploy.engines.engine_manifest import ENGINES
 from llava_deploy.engines.manifest import Manifest
-from llava_deploy.runtime.evaluation import EvalReport, Score
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -150,27 +148,6 @@ def prompt_form(chat: Mapping[str, Any]) -> str:
     form = chat["conversation"] if chat["template"] is None else "the model's own chat template"
     stops = [*(f"token {token}" for token in chat["stop_token_ids"]), *map(repr, chat["stop_strings"])]
     return f"{form}, {chat['placeholder']!r} for a picture, stop at {', '.join(stops) if stops else 'nothing'}"
-
-
-def accuracy_table(report: EvalReport, chance: Mapping[str, float]) -> Table:
-    """Accuracy by kind; ``chance`` is what guessing gives, for the kinds for which that is known."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("kind")
-    for name in ("asked", "right", "accuracy", *(["chance"] if chance else [])):
-        table.add_column(name, justify="right")
-
-    def row(name: str, score: Score, guess: float | None, style: str) -> None:
-        cells = [str(score.asked), str(score.right), f"{score.accuracy:.1%}"]
-        guessed = [] if not chance else ["" if guess is None else f"{guess:.1%}"]
-        table.add_row(name, *cells, *guessed, style=style)
-
-    for name, score in report.kinds.items():
-        row(name, score, chance.get(name), "")
-    if len(report.kinds) > 1:
-        table.add_section()
-        known = [chance[name] * score.asked for name, score in report.kinds.items() if name in chance]
-        row("all", report.total, sum(known) / report.total.asked if known else None, "bold")
-    return table
 
 
 def thumbnail(picture: Image.Image) -> list[Text]:
