@@ -16,6 +16,9 @@ from llava_deploy.exporter.config import LlavaConfig
 from llava_deploy.exporter.halves import resolved_feature_layers
 from llava_deploy.exporter.layouts import clip, llama, llava, llava_hf
 from llava_deploy.exporter.layouts.fields import Fields
+from llava_deploy.exporter.quantization.formats.assemble import assemble
+from llava_deploy.exporter.quantization.formats.config import take_packing
+from llava_deploy.exporter.quantization.formats.tinychat import open_tinychat, tinychat_name
 from llava_deploy.exporter.recipes import image_recipe
 from llava_deploy.exporter.recipes.chat_recipe import chat_recipe, require_conversation, unused_generation_keys
 from llava_deploy.exporter.recipes.tokenizer_file import open_tokenizer
@@ -39,12 +42,14 @@ class CheckpointOptions:
         projector: projector-only file (``mm_projector.bin`` or safetensors) to lay over the checkpoint.
         lora: directory of a LoRA adapter to merge.
         conversation: built-in conversation format to use instead of the checkpoint's chat template.
+        quantized: TinyChat's file of the quantised language model (llm-awq) to lay over the checkpoint.
     """
 
     vision_tower: Path | None = None
     projector: Path | None = None
     lora: Path | None = None
     conversation: str | None = None
+    quantized: Path | None = None
 
 
 NO_OPTIONS = CheckpointOptions()
@@ -95,6 +100,7 @@ def open_checkpoint(directory: Path, options: CheckpointOptions = NO_OPTIONS) ->
     require_directory("--vision-tower", options.vision_tower)
     require_file("--projector", options.projector)
     require_directory("--lora", options.lora)
+    require_file("--quantized", options.quantized)
     opened = _open(directory, options)
     collector = opened.collector
     config = collector.settle_tie(opened.config, opened.adapter)
@@ -174,9 +180,11 @@ def _open_hf(directory: Path, fields: Fields, options: CheckpointOptions) -> _Op
             f"--vision-tower {options.vision_tower}: {directory} has the llava-hf layout, with its tower inside; "
             "leave the option out"
         )
+    taken = take_packing(fields)
+    fields = taken.fields
     config = llava_hf.parse(fields)
     collector = Collector()
-    collector.add(open_weights(directory), llava_hf.canonical_name)
+    collector.add(assemble(open_weights(directory), taken.packing, fields.where), llava_hf.canonical_name)
     return _Opened(
         config=config,
         collector=collector,
@@ -184,13 +192,15 @@ def _open_hf(directory: Path, fields: Fields, options: CheckpointOptions) -> _Op
         naming=llava_hf.canonical_name,
         image=image_recipe.image_fields(directory),
         text=fields.child("text_config"),
-        unused_keys=fields.unused(llava_hf.NO_EFFECT),
+        unused_keys=(*fields.unused(llava_hf.NO_EFFECT), *taken.unused),
     )
 
 
 def _open_original(directory: Path, fields: Fields, options: CheckpointOptions) -> _Opened:
+    taken = take_packing(fields)
+    fields = taken.fields
     collector = Collector()
-    collector.add(open_weights(directory), llava.canonical_name)
+    collector.add(assemble(open_weights(directory), taken.packing, fields.where), llava.canonical_name)
     is_inside = any(name.startswith("vision_tower.") for name in collector.found)
     tower = find_tower(fields, options.vision_tower, (directory, *_homes(options)), is_inside=is_inside)
     if tower.directory is not None and not is_inside:
@@ -202,12 +212,14 @@ def _open_original(directory: Path, fields: Fields, options: CheckpointOptions) 
         naming=llava.canonical_name,
         image=tower.image if tower.image is not None else image_recipe.image_fields(directory),
         text=fields,
-        unused_keys=(*fields.unused(llava.NO_EFFECT), *tower.config_fields.unused(clip.NO_EFFECT)),
+        unused_keys=(*fields.unused(llava.NO_EFFECT), *taken.unused, *tower.config_fields.unused(clip.NO_EFFECT)),
     )
 
 
 def _lay_over(collector: Collector, options: CheckpointOptions, naming: Naming) -> Adapter | None:
-    """Add the projector file's tensors, then those that the adapter brings whole; its deltas come last."""
+    """Add what a quantised file, a projector file and an adapter bring whole; the adapter's deltas come last."""
+    if options.quantized is not None:
+        collector.lay_over(open_tinychat(options.quantized), tinychat_name)
     if options.projector is not None:
         collector.lay_over(open_file(options.projector), lambda key: _projector_name(key, naming))
     if options.lora is None:

@@ -39,11 +39,22 @@ def checkpoint_table(description: Mapping[str, Any]) -> Table:
             ("pictures", picture_steps(description["image"])),
             ("prompts", prompt_form(description["chat"])),
             ("tensors", f"{tensors['count']} ({dtypes}), {tensors['parameters']:,} parameters"),
+            ("quantised", _quantised(description["quantized"])),
             ("files", "\n".join(files)),
             ("left out", "\n".join(f"{count}: {rule}" for rule, count in rules.items()) if rules else "nothing"),
             ("unused keys", ", ".join(description["unused_keys"]) if description["unused_keys"] else "none"),
         ],
     )
+
+
+def _quantised(quantised: Mapping[str, Any]) -> str:
+    lines = [f"{count} weights: {form}" for form, count in Counter(quantised["weights"].values()).items()]
+    dense = len(quantised["dense"])
+    if dense:
+        lines.append(
+            f"{dense} linear layer{'s' if dense > 1 else ''} of the decoder {'are' if dense > 1 else 'is'} dense"
+        )
+    return "\n".join(lines) if lines else "nothing"
 
 
 def _vision(config: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ NO_EFFECT = frozenset(_NAMES_WITHOUT_EFFECT.split())
 """Keys of any transformers config that say nothing about what a forward pass computes at inference: where the files
 came from, initialisation, dropout, training and generation settings. Special token ids are read by the chat recipe."""
 
-_NO_QUANTISED = "quantised checkpoints are not read by this version: take the unquantised one"
+_NO_QUANTISED = "a part with a packing of its own is not read: take the unquantised one"
 
 
 def activation(fields: Fields, key: str, default: Activation) -> Activation:

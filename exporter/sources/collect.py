@@ -10,9 +10,10 @@ import numpy as np
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD, LlavaConfig
+from llava_deploy.exporter.quantization.weight import QuantizedSource
 from llava_deploy.exporter.sources.leftovers import rule_for, tower_rule_for
 from llava_deploy.exporter.sources.lora import Adapter, merged
-from llava_deploy.exporter.sources.tensors import TensorSource, renamed, require_dtype
+from llava_deploy.exporter.sources.tensors import DTYPES, TensorSource, renamed, require_dtype
 
 _SHOWN = 3  # names of tensors in one message
 
@@ -64,7 +65,7 @@ class Collector:
         """Add an adapter's deltas to the weights that they adapt.
 
         Raises:
-            CheckpointError: a weight is not there, or of another shape.
+            CheckpointError: a weight is not there, or of another shape, or quantised.
         """
         for module, delta in adapter.deltas.items():
             name = naming(f"{module}.weight")
@@ -73,7 +74,13 @@ class Collector:
                     f"{delta.up.origin}: adapts {module!r}, which the base model has not; "
                     "is this the base model that the adapter was trained on?"
                 )
-            self.found[name] = merged(self.found[name], delta)
+            base = self.found[name]
+            if isinstance(base, QuantizedSource):
+                raise CheckpointError(
+                    f"{delta.up.origin}: adapts {module!r}, which is quantised in {base.origin}; "
+                    "merge the adapter into the unquantised checkpoint, and quantise that with --precision int4-awq"
+                )
+            self.found[name] = merged(base, delta)
 
     def settle_tie(self, config: LlavaConfig, adapter: Adapter | None) -> LlavaConfig:
         """Decide what a tied output layer is, as transformers does (``PreTrainedModel.tie_weights``).
@@ -131,6 +138,8 @@ class Collector:
         unexpected = [(name, source) for name, source in self.found.items() if name not in expected]
         for name, source in [*unexpected, *((None, source) for source in self._strangers)]:
             rule = rule_for(source.key, name, config.vision, last_layer)
+            if rule is None and name is not None and self._is_empty_bias(name, source):
+                rule = "a bias of zeros on a quantised layer that has none; older GPTQ tools saved it"
             if rule is None:
                 over.append(source.origin)
             else:
@@ -140,6 +149,11 @@ class Collector:
                 f"{len(over)} tensors are left over, and no rule says why: {_some(over)}; "
                 "do the files belong to this config.json?"
             )
+
+    def _is_empty_bias(self, name: str, source: TensorSource) -> bool:
+        layer, _, part = name.rpartition(".")
+        is_quantised = isinstance(self.found.get(f"{layer}.weight"), QuantizedSource)
+        return part == "bias" and is_quantised and source.dtype in DTYPES and not source.read().any()
 
 
 def _some(names: list[str]) -> str:

@@ -11,6 +11,7 @@ import json
 import math
 import pickle
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,9 @@ DTYPES: dict[str, np.dtype] = {
 }
 """The dtypes that weights may be stored in."""
 
-_FROM_SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FROM_SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"} | {
+    f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)
+}
 _QUANTISED = re.compile(r"\bq?u?int\d|float[48]_|^[IU]\d|^F[468](_|$)")
 """In the words of torch and of safetensors: what quantised weights are packed into."""
 
@@ -93,14 +96,14 @@ def require_dtype(source: TensorSource) -> np.dtype:
     if source.dtype not in DTYPES:
         step = "weights are not stored like this: convert the tensor to one of these"
         if _QUANTISED.search(source.dtype):
-            step = "quantised checkpoints are not read by this version: take the unquantised one"
+            step = "quantised in a form that is not read: take the unquantised checkpoint"
         raise CheckpointError(f"{source.origin}: want values of {', '.join(DTYPES)}, found {source.dtype}; {step}")
     return DTYPES[source.dtype]
 
 
 @dataclass(frozen=True)
-class _InOneFile:
-    """What every tensor has that stands in one file under one key."""
+class StoredTensor:
+    """A tensor that stands in one file under one key."""
 
     name: str
     dtype: str
@@ -119,30 +122,38 @@ class _InOneFile:
         """The one file."""
         return (self.path,)
 
+    def read(self) -> np.ndarray:
+        """As :meth:`TensorSource.read`."""
+        return self._values(require_dtype(self))
+
+    def read_integers(self) -> np.ndarray:
+        """As ``read``, for the signed integers of 8 to 64 bits that quantised weights are packed into."""
+        return self._values(np.dtype(self.dtype))
+
+    @abstractmethod
+    def _values(self, dtype: np.dtype) -> np.ndarray:
+        """The values as ``dtype``, which is the file's own."""
+
 
 @dataclass(frozen=True)
-class MappedTensor(_InOneFile):
-    """A tensor in a safetensors file."""
+class MappedTensor(StoredTensor):
+    """A tensor in a safetensors file, read as a view of the mapped file; nothing is copied."""
 
     offset: int
 
-    def read(self) -> np.ndarray:
-        """The values as a view of the mapped file; nothing is copied."""
-        dtype = require_dtype(self)
+    def _values(self, dtype: np.dtype) -> np.ndarray:
         if self.nbytes == 0:  # nothing can be mapped
             return np.empty(self.shape, dtype)
         return np.memmap(self.path, dtype, mode="r", offset=self.offset, shape=self.shape)
 
 
 @dataclass(frozen=True)
-class TorchTensor(_InOneFile):
-    """A tensor in a file of ``torch.save``, mapped by torch."""
+class TorchTensor(StoredTensor):
+    """A tensor in a file of ``torch.save``, a view of it unless the values are stored transposed or with gaps."""
 
     tensor: torch.Tensor
 
-    def read(self) -> np.ndarray:
-        """The values as a view of the mapped file, unless they are stored transposed or with gaps."""
-        dtype = require_dtype(self)
+    def _values(self, dtype: np.dtype) -> np.ndarray:
         values = self.tensor.detach().contiguous()
         if self.dtype == "bfloat16":  # torch gives NumPy no bfloat16
             import torch
@@ -151,7 +162,7 @@ class TorchTensor(_InOneFile):
         return values.numpy().view(dtype)
 
 
-def open_file(path: Path) -> Mapping[str, TensorSource]:
+def open_file(path: Path) -> Mapping[str, StoredTensor]:
     """Every tensor in one file, by the file's own names: safetensors by its suffix, else ``torch.save``'s format.
 
     Raises:
@@ -162,7 +173,7 @@ def open_file(path: Path) -> Mapping[str, TensorSource]:
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
 
 
-def _open_safetensors(path: Path) -> dict[str, TensorSource]:
+def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(path, framework="numpy"):  # the library checks offsets, sizes, overlaps and the file's length
             pass
@@ -189,7 +200,7 @@ def _open_safetensors(path: Path) -> dict[str, TensorSource]:
     }
 
 
-def _open_torch(path: Path) -> dict[str, TensorSource]:
+def _open_torch(path: Path) -> dict[str, StoredTensor]:
     import torch
 
     try:

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.exporter.layouts.fields import read_json
-from llava_deploy.exporter.sources.tensors import TensorSource, open_file
+from llava_deploy.exporter.sources.tensors import StoredTensor, open_file
 
 # transformers' order (modeling_utils.py): safetensors before pickles, one file before shards.
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -23,7 +23,7 @@ def find_file(directory: Path, names: tuple[str, ...]) -> Path | None:
     return None
 
 
-def open_weights(directory: Path) -> Mapping[str, TensorSource]:
+def open_weights(directory: Path) -> Mapping[str, StoredTensor]:
     """Every tensor in a directory's weight files, by the files' own names.
 
     Raises:
@@ -40,11 +40,11 @@ def open_weights(directory: Path) -> Mapping[str, TensorSource]:
     return _open_shards(path) if path.suffix == ".json" else open_file(path)
 
 
-def _open_shards(index: Path) -> dict[str, TensorSource]:
+def _open_shards(index: Path) -> dict[str, StoredTensor]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()) or not places:
         raise CheckpointError(f"{index}, weight_map: want tensor names with their files; fetch the file again")
-    tensors: dict[str, TensorSource] = {}
+    tensors: dict[str, StoredTensor] = {}
     found_in: dict[str, str] = {}
     for name in sorted(set(places.values())):
         if PurePosixPath(name).name != name or "\\" in name or name in (".", ".."):

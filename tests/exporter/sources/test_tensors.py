@@ -53,7 +53,7 @@ def test_why_a_dtype_is_refused(tmp_path: Path, dtype: torch.dtype, suffix: str,
 def test_a_tensor_that_torch_has_quantised(tmp_path: Path) -> None:
     source = open_file(saved(tmp_path, {"a": torch.ones(3)}))["a"]
     source = replace(source, dtype="torch.strided torch.qint8 on cpu")  # type: ignore[type-var]
-    with pytest.raises(CheckpointError, match="quantised checkpoints are not read"):
+    with pytest.raises(CheckpointError, match="quantised in a form that is not read"):
         source.read()
 
 
