@@ -38,6 +38,7 @@ NETWORK = {"aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "requests", 
 THIRD_PARTY = {
     "cli.py": {"click"},
     "engines": {"numpy", "onnxruntime"},
+    "engines/lowering": {"numpy", "onnx_ir"},
     "runtime": {"numpy", "tokenizers", "PIL", "jinja2", "click", "rich", "onnxruntime"},
     "exporter": {"numpy", "tokenizers", "PIL", "rich", "onnxruntime", *EXPORT_ONLY} - {"peft"},
 }
@@ -109,6 +110,11 @@ def room(path: Path) -> str:
     return path.parts[0]
 
 
+def lowers(path: Path) -> bool:
+    """Whether a file is of the passes over graphs, which need the export extra."""
+    return path.parts[:2] == ("engines", "lowering")
+
+
 def loads(module: str, seen: set[str]) -> set[str]:
     """Top-level packages that importing one of our modules imports, through all of ours."""
     if module in seen or module not in MODULES:
@@ -123,7 +129,7 @@ def loads(module: str, seen: set[str]) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_third_party_packages_of_each_room(path: Path) -> None:
     foreign = top(imports(path)) - sys.stdlib_module_names - {PACKAGE}
-    assert foreign <= THIRD_PARTY[room(path)]
+    assert foreign <= THIRD_PARTY["engines/lowering" if lowers(path) else room(path)]
 
 
 @pytest.mark.parametrize("name", GROUND_FLOOR)
@@ -151,7 +157,9 @@ def test_the_exporter_meets_the_runtime_in_few_places(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in FILES if room(p) in ("engines", "runtime") or str(p) in TORCH_FREE], ids=str
+    "path",
+    [p for p in FILES if (room(p) in ("engines", "runtime") and not lowers(p)) or str(p) in TORCH_FREE],
+    ids=str,
 )
 def test_the_base_install_is_enough_for(path: Path) -> None:
     assert not loads(name_of(path), set()) & EXPORT_ONLY
@@ -161,6 +169,11 @@ def test_the_walk_sees_what_a_module_loads_through_others() -> None:
     assert "torch" in loads(f"{PACKAGE}.exporter.verify", set())
     assert "onnxscript" in loads(f"{PACKAGE}.exporter.export", set())
     assert "torch" not in top(imports(Path("exporter/sources/tensors.py"), inside=False))
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if lowers(p)], ids=str)
+def test_lowering_needs_no_torch(path: Path) -> None:
+    assert loads(name_of(path), set()) - sys.stdlib_module_names <= {"numpy", "onnx_ir", PACKAGE}
 
 
 def test_help_needs_click_alone() -> None:
@@ -219,7 +232,8 @@ def test_a_module_only_defines(path: Path) -> None:
 
 def test_importing_the_base_install_changes_nothing(child_environment: dict[str, str]) -> None:
     """In a process that has the third-party packages already: what changes then is our doing."""
-    names = sorted(name for name, path in MODULES.items() if room(path) in ("cli.py", "engines", "runtime"))
+    base = ("cli.py", "engines", "runtime")
+    names = sorted(name for name, path in MODULES.items() if room(path) in base and not lowers(path))
     script = f"""
 import importlib, logging, os, sys, threading, warnings
 import click, jinja2.sandbox, numpy, onnxruntime, PIL.Image, rich.progress, tokenizers
