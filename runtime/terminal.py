@@ -43,7 +43,7 @@ def show(value: Table | Mapping[str, Any]) -> None:
     if not isinstance(value, Table):
         console.file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
     elif console.is_terminal:
-        console.print(value)
+        console.print(value, crop=False)
     else:
         with console.capture() as captured:
             console.print(value)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from llava_deploy.engines.manifest import QuantizationRecipe
 from llava_deploy.runtime import terminal
@@ -17,6 +19,8 @@ from llava_deploy.runtime.comparison import BundleReport, Comparison
 from llava_deploy.runtime.evaluation import EvalOptions, EvalReport, Question, Score
 from llava_deploy.runtime.llava import Llava
 from llava_deploy.runtime.terminal_run import Output
+
+_WIDEST = 1000
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ def examine(bundles: Sequence[Path], exam: Exam, load: Callable[[Path], Llava], 
         common = {"chance": exam.chance, "shown": exam.options.shown.value}
         terminal.show({**first.to_dict(), **common, "others": [one.to_dict() for one in others]})
     elif others:
-        terminal.show(comparison_table([first, *others], exam.chance))
+        table = comparison_table([first, *others], exam.chance)
+        table.width = width_of(table, terminal.out())
+        terminal.show(table)
     else:
         terminal.show(accuracy_table(first.report, exam.chance))
     took = terminal.seconds(sum(one.report.seconds for one in (first, *others)))
@@ -81,14 +87,14 @@ def comparison_table(reports: Sequence[BundleReport], chance: Mapping[str, float
     kinds = list(reports[0].report.kinds)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("bundle", "precision"):
-        table.add_column(name)
-    for name in (*(kinds if len(kinds) > 1 else []), "all", "same tokens", "mean KL, nats", "weights"):
-        table.add_column(name, justify="right")
+        table.add_column(name, overflow="fold")
+    for name in (*(kinds if len(kinds) > 1 else []), "all", "same\ntokens", "mean KL,\nnats", "weights"):
+        table.add_column(name, justify="right", no_wrap=True)
     for one in reports:
         scores = [*(one.report.kinds.values() if len(kinds) > 1 else []), one.report.total]
         near = one.against_first
         table.add_row(
-            str(one.bundle),
+            Text(str(one.bundle)),
             ", ".join([one.precision, *quantization_words(one.quantization)]),
             *(f"{score.accuracy:.1%}" for score in scores),
             *(("", "") if near is None else (f"{near.share:.2%}", f"{near.mean_kl:.3g}")),
@@ -99,6 +105,15 @@ def comparison_table(reports: Sequence[BundleReport], chance: Mapping[str, float
         guesses = [f"{chance[name]:.1%}" if name in chance else "" for name in kinds]
         table.add_row("chance", "", *guesses, style="dim")
     return table
+
+
+def width_of(table: Table, console: Console) -> int | None:
+    """What a table needs where the console is too narrow for it, ``None`` where it is not.
+
+    The terminal breaks lines that are too long; Rich would leave parts of the numbers out.
+    """
+    least = console.measure(table, options=console.options.update(width=_WIDEST)).minimum
+    return least if least > console.width else None
 
 
 def quantization_words(recipe: QuantizationRecipe | None) -> list[str]:

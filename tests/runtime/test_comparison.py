@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from rich.console import Console
 
 from llava_deploy.engines.errors import BundleError, InputError
 from llava_deploy.engines.manifest import MANIFEST_NAME, TOKENIZER, QuantizationRecipe, read_manifest
@@ -17,7 +19,7 @@ from llava_deploy.runtime.agreement import Agreement
 from llava_deploy.runtime.comparison import BundleReport, Comparison
 from llava_deploy.runtime.evaluation import EvalOptions, EvalReport, Outcome
 from llava_deploy.runtime.terminal import show
-from llava_deploy.runtime.terminal_eval import comparison_table
+from llava_deploy.runtime.terminal_eval import comparison_table, width_of
 
 Changed = Callable[[Path, Path, str, Callable[[Path], object]], Path]
 Invoke = Callable[..., Result]
@@ -50,10 +52,10 @@ def test_json_of_one_and_of_several(invoke: Invoke, demo_bundle: Path, demo_bund
 def test_a_table_of_several(invoke: Invoke, demo_bundle: Path, demo_bundle_fp16: Path) -> None:
     result = invoke("eval", demo_bundle, demo_bundle_fp16, "--per-kind", 1)
     lines = [line.split() for line in result.stdout.splitlines() if line]
-    assert lines[0][:4] == ["bundle", "precision", *list(chances())[:2]]
-    assert [line[:2] for line in lines[2:4]] == [[str(demo_bundle), "fp32"], [str(demo_bundle_fp16), "fp16"]]
+    assert lines[1][:4] == ["bundle", "precision", *list(chances())[:2]]
+    assert [line[:2] for line in lines[3:5]] == [[str(demo_bundle), "fp32"], [str(demo_bundle_fp16), "fp16"]]
     assert lines[-1][0] == "chance"
-    assert "100.00%" in lines[3]
+    assert "100.00%" in lines[4]
     assert "5 questions of 2 bundles" in result.stderr
 
 
@@ -73,13 +75,30 @@ def test_words_for_a_quantised_bundle(capsys: pytest.CaptureFixture[str]) -> Non
     third = replace(second, quantization=replace(recipe, group_size=None, symmetric=True))
     show(comparison_table([first, second, third], {}))
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert lines[0].split() == ["bundle", "precision", "all", "same", "tokens", "mean", "KL,", "nats", "weights"]
+    assert [*lines[0].split(), *lines[1].split()] == "same mean KL, bundle precision all tokens nats weights".split()
+    lines = lines[1:]
     assert lines[2].split() == ["first", "fp32", "50.0%", "4.0", "kB"]
     assert "int4-awq, awq, groups of 128, asymmetric, lm_head fp16" in lines[3]
     assert lines[3].split()[-4:] == ["99.50%", "0.0123", "4.0", "kB"]
     assert "int4-awq, awq, one group a row, symmetric, lm_head fp16" in lines[4]
     assert second.to_dict()["quantization"]["group_size"] == 128
     assert len(lines) == 5
+
+
+def test_nothing_of_a_table_is_left_out_where_the_terminal_is_narrow() -> None:
+    outcomes = tuple(Outcome(number, kind, "q", "a", "a") for number, kind in enumerate(chances()))
+    first = BundleReport(Path("bundles/[first]"), "fp32", None, 4000, EvalReport(outcomes, 1.0), None)
+    second = replace(first, against_first=Agreement(tokens=1000, agreeing=995, mean_kl=8.16e-05))
+    table = comparison_table([first, second], chances())
+    narrow, wide = (Console(width=width, file=io.StringIO()) for width in (60, 200))
+    assert width_of(table, wide) is None
+    table.width = width_of(table, narrow)
+    narrow.print(table, crop=False)
+    assert isinstance(narrow.file, io.StringIO)
+    shown = narrow.file.getvalue()
+    assert "…" not in shown
+    assert {"100.0%", "99.50%", "8.16e-05", "kB", "position"} <= set(shown.split())
+    assert "[first]" in shown.replace("\n", "")
 
 
 def test_errors_of_the_command(invoke: Invoke, error_line: ErrorLine, demo_bundle: Path) -> None:
