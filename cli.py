@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import sys
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import click
 
-from llava_deploy.engines.names import Precision
+from llava_deploy.engines.names import DEFAULT_ACCURACY_LEVEL, AccuracyLevel, HeadPrecision, Precision
+from llava_deploy.exporter.quantization.request import QuantizeRequest
 from llava_deploy.runtime.command_group import (
     PROGRAM,
     CommandLine,
@@ -22,13 +22,19 @@ from llava_deploy.runtime.command_group import (
     remember,
     say,
 )
+from llava_deploy.runtime.command_options import (
+    PATH,
+    Answering,
+    answering_options,
+    images_option,
+    json_option,
+    load_bundle,
+    load_pictures,
+    raw_option,
+)
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from llava_deploy.exporter.checkpoint import Checkpoint
-    from llava_deploy.runtime import Llava
-    from llava_deploy.runtime.terminal_run import AnswerOptions
 
 
 @dataclass(frozen=True)
@@ -39,13 +45,14 @@ class _Source:
     vision_tower: Path | None
     projector: Path | None
     lora: Path | None
+    quantized: Path | None
     conversation: str | None
 
     def open(self) -> Checkpoint:
         """Open it with its options."""
         from llava_deploy.exporter.checkpoint import CheckpointOptions, open_checkpoint
 
-        options = CheckpointOptions(self.vision_tower, self.projector, self.lora, self.conversation)
+        options = CheckpointOptions(self.vision_tower, self.projector, self.lora, self.conversation, self.quantized)
         return open_checkpoint(self.directory, options)
 
 
@@ -55,87 +62,33 @@ def _say_unused(checkpoint: Checkpoint) -> None:
         say(f"config keys that have no effect here: {', '.join(checkpoint.unused_keys)}")
 
 
-@dataclass(frozen=True)
-class _Answering:
-    """What ``run`` and ``chat`` ask of a model."""
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    repetition_penalty: float
-    seed: int | None
-    stop: tuple[str, ...]
-    max_len: int | None
-    threads: int | None
-
-    def options(self) -> AnswerOptions:
-        from llava_deploy.runtime import SamplingOptions
-        from llava_deploy.runtime.terminal_run import AnswerOptions
-
-        sampling = SamplingOptions(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
-        return AnswerOptions(self.max_new_tokens, sampling, self.stop)
-
-    def load(self, bundle: Path) -> Llava:
-        return _load(bundle, self.max_len, self.threads)
-
-
-def _load(bundle: Path, max_len: int | None, threads: int | None) -> Llava:
-    from llava_deploy.engines.manifest import read_manifest
-    from llava_deploy.runtime import Llava
-
-    waiting: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-    if sys.stderr.isatty() and sum(entry.size for entry in read_manifest(bundle).files) > _LOADS_AT_ONCE:
-        from llava_deploy.runtime import terminal  # Rich takes its time: a small bundle is loaded before it is there
-
-        waiting = terminal.progress("loading", quiet=quiet())
-    with waiting:
-        llava = Llava.load(bundle, max_len=max_len, threads=threads)
-    say(llava.backend)
-    return llava
-
-
-_LOADS_AT_ONCE = 256 << 20
-"""Bytes: a bundle up to this size is loaded in less than a second."""
-
-_path = click.Path(path_type=Path)
 _source = options_as_one(
     "source",
     _Source,
-    click.argument("directory", type=_path, metavar="CHECKPOINT"),
-    click.option("--vision-tower", type=_path, metavar="DIR", help="Tower of an original-layout checkpoint."),
-    click.option("--projector", type=_path, metavar="FILE", help="Projector-only file to lay over a base model."),
-    click.option("--lora", type=_path, metavar="DIR", help="LoRA adapter in PEFT layout to merge."),
+    click.argument("directory", type=PATH, metavar="CHECKPOINT"),
+    click.option("--vision-tower", type=PATH, metavar="DIR", help="Tower of an original-layout checkpoint."),
+    click.option("--projector", type=PATH, metavar="FILE", help="Projector-only file to lay over a base model."),
+    click.option("--lora", type=PATH, metavar="DIR", help="LoRA adapter in PEFT layout to merge."),
+    click.option("--quantized", type=PATH, metavar="FILE", help="TinyChat's int4 file (llm-awq) to lay over it."),
     click.option(
         "--conversation", metavar="NAME", help="Instead of its template: vicuna_v1, llama_2, mistral or plain."
     ),
 )
-_answering = options_as_one(
-    "answering",
-    _Answering,
-    click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Longest answer."),
-    click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."),
-    click.option("--top-k", type=int, help="Draw from this many tokens only."),
-    click.option("--top-p", type=float, help="Draw from the likeliest tokens that reach this probability."),
-    click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: repeat less."),
-    click.option("--seed", type=int, help="Draw the same every time."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
-    click.option("--max-len", type=int, help="Tokens of context: prompt, pictures and answer."),
-    click.option("--threads", type=int, help="Of one operator; by default one a physical core."),
+_quantizing = options_as_one(
+    "quantizing",
+    QuantizeRequest,
+    click.option("--group-size", type=int, help="Of int4: inputs that share a scale, 32, 64 or 128; 128 by default."),
+    click.option("--symmetric", is_flag=True, help="Of int4: no zero points."),
+    click.option("--lm-head", type=click.Choice(get_args(HeadPrecision)), help="Of int4: the output layer; or fp16."),
+    click.option("--calibration", metavar="FILE", help="Of int4-awq: JSON lines of messages; demo: drawn pictures."),
+    click.option("--device", metavar="NAME", help="Of int4-awq: where PyTorch searches, cpu or cuda."),
 )
-_bundle = click.argument("bundle", type=_path)
-_images = click.option(
-    "--image", "images", multiple=True, metavar="PICTURE", help="Path, data URI, or - for standard input; repeatable."
+_accuracy_level = click.option(
+    "--accuracy-level",
+    type=click.Choice(get_args(AccuracyLevel)),
+    help="Of int4 in ONNX Runtime: 4 multiplies in int8, 1 in float32.",
 )
-_raw = click.option("--raw", is_flag=True, help="Take the prompt as it is, without the model's template.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def _pictures(sources: tuple[str, ...]) -> list[Image]:
-    """Load pictures: a wrong path is known before a model is loaded."""
-    from llava_deploy.runtime.pictures import load_picture
-
-    return [load_picture(sys.stdin.buffer.read() if source == "-" else source) for source in sources]
+_bundle = click.argument("bundle", type=PATH)
 
 
 @click.group(PROGRAM, CommandLine, epilog=examples("demo", "run --help"))
@@ -150,7 +103,7 @@ def main() -> None:
 
 @main.command(epilog=examples("inspect llava-1.5-7b-hf", "inspect bundle --json"))
 @_source
-@_json
+@json_option
 def inspect(source: _Source, as_json: bool) -> None:
     """Say what a checkpoint or a bundle is.
 
@@ -160,7 +113,7 @@ def inspect(source: _Source, as_json: bool) -> None:
     from llava_deploy.runtime import terminal
 
     if (source.directory / MANIFEST_NAME).is_file():
-        refuse_given("of no effect on a bundle", "vision_tower", "projector", "lora", "conversation")
+        refuse_given("of no effect on a bundle", "vision_tower", "projector", "lora", "quantized", "conversation")
         manifest = read_manifest(source.directory)
         terminal.show(dataclasses.asdict(manifest) if as_json else terminal.bundle_facts(source.directory, manifest))
         return
@@ -173,23 +126,51 @@ def inspect(source: _Source, as_json: bool) -> None:
 
 @main.command(epilog=examples("export llava-1.5-7b-hf -o bundle --precision fp16"))
 @_source
-@click.option("-o", "--output", type=_path, required=True, metavar="BUNDLE", help="Directory to write.")
+@click.option("-o", "--output", type=PATH, required=True, metavar="BUNDLE", help="Directory to write.")
 @click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", show_default=True)
+@_quantizing
+@_accuracy_level
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
-def export(source: _Source, output: Path, precision: Precision, force: bool) -> None:
+def export(
+    source: _Source,
+    output: Path,
+    precision: Precision,
+    quantizing: QuantizeRequest,
+    accuracy_level: AccuracyLevel | None,
+    force: bool,
+) -> None:
     """Turn a checkpoint into a bundle.
 
     That is a directory with two ONNX graphs, the token embeddings, the tokenizer and a manifest, all of one piece: it
     is there when it is whole, or not at all.
+
+    int4 rounds the decoder's weights to the nearest step, or keeps those of a checkpoint that is quantised already;
+    int4-awq searches steps that suit the activations of calibration prompts, layer by layer, and goes on where it was
+    stopped.
     """
     from llava_deploy.runtime import terminal
 
     watch = terminal.Stopwatch()
-    with terminal.progress("exporting", quiet=quiet()) as step:
+    with terminal.progress("quantising" if precision == "int4-awq" else "opening", quiet=quiet()) as step:
         from llava_deploy.exporter.export import export as write
+        from llava_deploy.exporter.export import require_free_name
+        from llava_deploy.exporter.quantization.prepare import prepare
 
-        checkpoint = source.open()
-        manifest = write(checkpoint, output, precision, replace=force, on_progress=lambda at: step(at.done, at.total))
+        require_free_name(output, replace=force)
+        work = output.with_name(f"{output.name}.awq")
+        checkpoint = prepare(source.open(), precision, quantizing, work, step)
+    with terminal.progress("exporting", quiet=quiet()) as step:
+        level = DEFAULT_ACCURACY_LEVEL if accuracy_level is None else accuracy_level
+        manifest = write(
+            checkpoint,
+            output,
+            precision,
+            accuracy_level=level,
+            replace=force,
+            on_progress=lambda at: step(at.done, at.total),
+        )
+    if precision == "int4-awq":
+        shutil.rmtree(work)  # of use to a search that was stopped only
     total = terminal.size(sum(entry.size for entry in manifest.files))
     say(f"{manifest.model.parameters:,} parameters in {precision}, {total}, in {watch}")
     _say_unused(checkpoint)
@@ -200,15 +181,16 @@ def export(source: _Source, output: Path, precision: Precision, force: bool) -> 
 @main.command(epilog=examples("build bundle --backend onnxruntime"))
 @_bundle
 @click.option("--backend", type=click.Choice(["onnxruntime"]), default="onnxruntime", show_default=True)
+@_accuracy_level
 @click.option("--force", is_flag=True, help="Build again what is there already.")
-def build(bundle: Path, backend: str, force: bool) -> None:
+def build(bundle: Path, backend: str, accuracy_level: AccuracyLevel | None, force: bool) -> None:
     """Make a bundle's engine for one backend."""
     from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
     from llava_deploy.runtime import terminal
 
     watch = terminal.Stopwatch()
     with terminal.progress("building", quiet=quiet()):
-        engine = build_onnxruntime(bundle, replace=force)
+        engine = build_onnxruntime(bundle, accuracy_level=accuracy_level, replace=force)
     say(f"built for {backend} in {watch}")
     say(f"next: {PROGRAM} chat {bundle} --image PICTURE")
     click.echo(engine)
@@ -221,12 +203,12 @@ def build(bundle: Path, backend: str, force: bool) -> None:
     )
 )
 @_bundle
-@_images
+@images_option
 @click.option("--prompt", required=True, help="The question; <image> in it says where a picture goes.")
-@_raw
-@_answering
-@_json
-def run(bundle: Path, images: tuple[str, ...], prompt: str, raw: bool, as_json: bool, answering: _Answering) -> None:
+@raw_option
+@answering_options
+@json_option
+def run(bundle: Path, images: tuple[str, ...], prompt: str, raw: bool, as_json: bool, answering: Answering) -> None:
     """Answer one question.
 
     Standard output gets the answer and nothing else, as it comes.
@@ -234,15 +216,15 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, raw: bool, as_json: 
     from llava_deploy.runtime.terminal_run import Output, Request, Template, run_request
 
     options = answering.options()
-    request = Request(prompt, _pictures(images), Template.RAW if raw else Template.MODEL)
+    request = Request(prompt, load_pictures(images), Template.RAW if raw else Template.MODEL)
     run_request(answering.load(bundle), request, options, Output.JSON if as_json else Output.TEXT, say)
 
 
 @main.command(epilog=examples("chat bundle --image photo.jpg"))
 @_bundle
-@_images
-@_answering
-def chat(bundle: Path, images: tuple[str, ...], answering: _Answering) -> None:
+@images_option
+@answering_options
+def chat(bundle: Path, images: tuple[str, ...], answering: Answering) -> None:
     """Talk about pictures in the terminal.
 
     Lines that begin with / are commands; /help lists them.
@@ -250,7 +232,7 @@ def chat(bundle: Path, images: tuple[str, ...], answering: _Answering) -> None:
     from llava_deploy.runtime.terminal_chat import Conversation, converse, standard_terminal
 
     options = answering.options()
-    pictures = _pictures(images)
+    pictures = load_pictures(images)
     llava = answering.load(bundle)
     converse(Conversation(llava, options), standard_terminal(llava.max_len, say), pictures)
 
@@ -258,14 +240,14 @@ def chat(bundle: Path, images: tuple[str, ...], answering: _Answering) -> None:
 @main.command(
     "eval", epilog=examples("eval bundle", "eval fp32 fp16 int4", "eval bundle --data questions.jsonl --json")
 )
-@click.argument("bundles", type=_path, nargs=-1, required=True, metavar="BUNDLE [BUNDLE ...]")
-@click.option("--data", type=_path, metavar="FILE", help='JSON lines {"image", "question", "answer"[, "kind"]}.')
+@click.argument("bundles", type=PATH, nargs=-1, required=True, metavar="BUNDLE [BUNDLE ...]")
+@click.option("--data", type=PATH, metavar="FILE", help='JSON lines {"image", "question", "answer"[, "kind"]}.')
 @click.option("--per-kind", type=int, default=100, show_default=True, help="Drawn questions of each kind.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the drawn pictures.")
 @click.option("--blank", is_flag=True, help="Show a blank picture every time: what is right then is guessed.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Questions at once.")
 @click.option("--max-new-tokens", type=int, default=32, show_default=True, help="Longest answer.")
-@_json
+@json_option
 def evaluate(
     bundles: tuple[Path, ...],
     data: Path | None,
@@ -296,7 +278,7 @@ def evaluate(
     options = EvalOptions(Shown.BLANK if blank else Shown.PICTURE, batch, max_new_tokens)
     questions = drawn_questions(per_kind, seed) if data is None else read_questions(data)
     exam = Exam(questions, options, chances() if data is None else {})
-    examine(bundles, exam, lambda bundle: _load(bundle, None, None), Output.JSON if as_json else Output.TEXT)
+    examine(bundles, exam, lambda bundle: load_bundle(bundle, None, None), Output.JSON if as_json else Output.TEXT)
 
 
 @main.command(epilog=examples("verify llava-1.5-7b-hf bundle", "verify checkpoint bundle --image photo.jpg --json"))
@@ -304,9 +286,9 @@ def evaluate(
 @_bundle
 @click.option("--image", metavar="PICTURE", help="By default one that is drawn.")
 @click.option("--prompt", default="What is in the picture?", show_default=True, help="The question about it.")
-@_raw
+@raw_option
 @click.option("--max-new-tokens", type=int, default=32, show_default=True, help="Tokens to compare.")
-@_json
+@json_option
 def verify(
     source: _Source, bundle: Path, image: str | None, prompt: str, raw: bool, max_new_tokens: int, as_json: bool
 ) -> None:
@@ -322,7 +304,7 @@ def verify(
     from llava_deploy.runtime import terminal
     from llava_deploy.runtime.terminal_run import Request, Template, prompt_of
 
-    picture = drawn_picture() if image is None else _pictures((image,))[0]
+    picture = drawn_picture() if image is None else load_pictures((image,))[0]
     request = Request(prompt, [picture], Template.RAW if raw else Template.MODEL)
     text = prompt_of(request, read_manifest(bundle).chat)
     with terminal.progress("comparing with PyTorch", quiet=quiet()):
@@ -337,7 +319,7 @@ def verify(
 
 
 @main.command(epilog=examples("demo", "demo -o elsewhere --seed 7"))
-@click.option("-o", "--output", type=_path, default=Path("demo-output"), show_default=True, metavar="DIR")
+@click.option("-o", "--output", type=PATH, default=Path("demo-output"), show_default=True, metavar="DIR")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the drawn pictures.")
 def demo(output: Path, seed: int) -> None:
     """Go the whole way with the shipped tiny LLaVA.

@@ -10,10 +10,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from llava_deploy.engines.errors import BundleError
+from llava_deploy.engines.errors import BundleError, OptionError
 from llava_deploy.engines.manifest import FileEntry, Manifest, from_plain
+from llava_deploy.engines.names import AccuracyLevel
 
 ENGINES = "engines"
 ENGINE_MANIFEST = "engine.json"
@@ -29,12 +30,14 @@ class EngineKey:
         version: its version, in full.
         device: what its files are tuned for: ``cpu`` here.
         source: :func:`source_digest` of the bundle's graphs.
+        accuracy_level: what ``MatMulNBits`` multiplies in; ``None`` where no weight is quantised.
     """
 
     backend: Literal["onnxruntime"]
     version: str
     device: Literal["cpu"]
     source: str
+    accuracy_level: AccuracyLevel | None
 
     @property
     def directory(self) -> str:
@@ -59,6 +62,22 @@ def source_digest(manifest: Manifest) -> str:
     """Hex sha256 over the manifest's entries for everything that an engine is built from."""
     entries = sorted((f.path, f.size, f.sha256) for f in manifest.files if ".onnx" in f.path or f.path.endswith(".npy"))
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def resolved_accuracy_level(manifest: Manifest, wanted: AccuracyLevel | None) -> AccuracyLevel | None:
+    """``wanted``, or else what the manifest says; ``None`` where no weight is quantised.
+
+    Raises:
+        OptionError: no level, or one for a bundle in which nothing is quantised.
+    """
+    stated = None if manifest.quantization is None else manifest.quantization.accuracy_level
+    if wanted is None:
+        return stated
+    if stated is None:
+        raise OptionError("accuracy_level", f"want a bundle of int4 weights, found one in {manifest.model.precision}")
+    if wanted not in get_args(AccuracyLevel):
+        raise OptionError("accuracy_level", f"want 0 to 4, got {wanted!r}")
+    return wanted
 
 
 def read_engine_manifest(directory: Path) -> EngineManifest:

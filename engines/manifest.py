@@ -102,10 +102,9 @@ class ChatRecipe:
 
 @dataclass(frozen=True)
 class SpliceRecipe:
-    """``tokenizer_model_max_length`` and ``tokenizer_padding_side`` of LLaVA's config."""
+    """``tokenizer_model_max_length`` of LLaVA's config; its padding side is nothing to rows that need no padding."""
 
     model_max_length: int | None
-    padding_side: Literal["left", "right"]
 
 
 @dataclass(frozen=True)

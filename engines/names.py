@@ -18,3 +18,9 @@ HeadPrecision = Literal["fp16", "int8", "int4"]
 
 AccuracyLevel = Literal[0, 1, 2, 3, 4]
 """What ONNX Runtime's ``MatMulNBits`` multiplies in: 0 and 1 float32, 2 float16, 3 bfloat16, 4 int8."""
+
+DEFAULT_ACCURACY_LEVEL: AccuracyLevel = 4
+"""Where nobody says otherwise."""
+
+ACCURACY_LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
+"""ONNX Runtime's session option of it, for graphs that it fuses itself."""

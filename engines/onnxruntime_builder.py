@@ -16,27 +16,31 @@ from llava_deploy.engines.engine_manifest import (
     EngineKey,
     EngineManifest,
     read_engine_manifest,
+    resolved_accuracy_level,
     source_digest,
 )
 from llava_deploy.engines.errors import BackendError, BundleError, LlavaDeployError
 from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest, describe_file, read_manifest
+from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, AccuracyLevel
 from llava_deploy.engines.staging import staged_directory, write_error
 
 _EXTERNAL_FROM = 1024  # bytes: smaller constants stay inside the graph
 
 
-def build_onnxruntime(bundle: Path, *, replace: bool = False) -> Path:
+def build_onnxruntime(bundle: Path, *, accuracy_level: AccuracyLevel | None = None, replace: bool = False) -> Path:
     """Build the engine for the ONNX Runtime that is installed and return its directory.
 
     An engine that is there already, for the same graphs and version, and whole, is kept.
 
     Args:
         bundle: a bundle's directory.
+        accuracy_level: for quantised weights, instead of what the manifest says.
         replace: build it even so.
 
     Raises:
         BundleError: the bundle is damaged.
+        OptionError: an accuracy level for a bundle in which nothing is quantised.
         BackendError: ONNX Runtime is missing or refuses a graph.
         LlavaDeployError: the bundle's directory cannot be written to, or its disk is full.
     """
@@ -48,7 +52,8 @@ def build_onnxruntime(bundle: Path, *, replace: bool = False) -> Path:
         raise BackendError(
             f"ONNX Runtime cannot be imported ({error}); install it with: pip install 'llava-deploy[cpu]'"
         ) from error
-    key = EngineKey("onnxruntime", onnxruntime.__version__, "cpu", source_digest(manifest))
+    level = resolved_accuracy_level(manifest, accuracy_level)
+    key = EngineKey("onnxruntime", onnxruntime.__version__, "cpu", source_digest(manifest), level)
     output = bundle / key.directory
     if not replace and _is_current(output, key):
         return output
@@ -74,6 +79,8 @@ def _build(bundle: Path, key: EngineKey, staging: Path) -> None:
         prefix = "session.optimized_model_external_initializers"
         settings.add_session_config_entry(f"{prefix}_file_name", external)
         settings.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_EXTERNAL_FROM))
+        if key.accuracy_level is not None:
+            settings.add_session_config_entry(ACCURACY_LEVEL_ENTRY, str(key.accuracy_level))
         try:
             onnxruntime.InferenceSession(str(bundle / name), settings, providers=["CPUExecutionProvider"])
         except Exception as error:

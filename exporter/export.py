@@ -29,7 +29,7 @@ from llava_deploy.engines.manifest import (
     SpliceRecipe,
     describe_file,
 )
-from llava_deploy.engines.names import AccuracyLevel, HeadPrecision, Precision
+from llava_deploy.engines.names import DEFAULT_ACCURACY_LEVEL, AccuracyLevel, HeadPrecision, Precision
 from llava_deploy.engines.staging import staged_directory, write_error
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD, LlavaConfig
@@ -39,7 +39,6 @@ from llava_deploy.exporter.quantization.plan import weight_formats
 from llava_deploy.exporter.quantization.weight import QuantizedSource, WeightFormat
 from llava_deploy.exporter.weights import attach_weights, write_embedding_table
 
-DEFAULT_ACCURACY_LEVEL: AccuracyLevel = 4
 TOOLS = ("llava-deploy", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
@@ -75,7 +74,7 @@ def export(
         CheckpointError: a weight is NaN, infinite, or outside the range of the precision.
         LlavaDeployError: the disk is full, or ``output`` cannot be written.
     """
-    _require_free_name(output, replace=replace)
+    require_free_name(output, replace=replace)
     formats = _formats(checkpoint, precision)
     graphs = build_graphs(checkpoint.config, precision, formats)
     recipe = _recipe(checkpoint, formats, accuracy_level)
@@ -127,7 +126,7 @@ def _write(
         image=checkpoint.image,
         chat=checkpoint.chat,
         quantization=recipe,
-        splice=SpliceRecipe(checkpoint.config.tokenizer_model_max_length, checkpoint.config.tokenizer_padding_side),
+        splice=SpliceRecipe(checkpoint.config.tokenizer_model_max_length),
         tools={name: importlib.metadata.version(name) for name in TOOLS},
         files=tuple(describe_file(directory, path) for path in sorted(paths)),
     )
@@ -185,8 +184,12 @@ def _card(checkpoint: Checkpoint, precision: Precision) -> ModelCard:
     )
 
 
-def _require_free_name(output: Path, *, replace: bool) -> None:
-    """Nothing but a bundle is ever replaced."""
+def require_free_name(output: Path, *, replace: bool) -> None:
+    """Refuse to write over what is there; nothing but a bundle is ever replaced.
+
+    Raises:
+        InputError: ``output`` exists, and ``replace`` is false or it is no bundle.
+    """
     if not output.exists() and not output.is_symlink():
         return
     if not replace:

@@ -12,6 +12,7 @@ import numpy as np
 
 from llava_deploy.engines.errors import BackendError, InputError, OptionError
 from llava_deploy.engines.integrity import Integrity
+from llava_deploy.engines.names import AccuracyLevel
 from llava_deploy.runtime.answers import Answer, Piece, Timings
 from llava_deploy.runtime.backend import DecoderSession
 from llava_deploy.runtime.bundle import Bundle, open_bundle
@@ -57,6 +58,7 @@ class Llava:
         backend: Literal["onnxruntime"] = "onnxruntime",
         max_len: int | None = None,
         threads: int | None = None,
+        accuracy_level: AccuracyLevel | None = None,
         integrity: Integrity = Integrity.QUICK,
     ) -> Llava:
         """Load a bundle.
@@ -66,6 +68,8 @@ class Llava:
             backend: ``onnxruntime``: on the CPU, through the engine that ``build`` made or the canonical graphs.
             max_len: slots of the KV cache, the longest context; :data:`DEFAULT_MAX_LEN` or the model's limit.
             threads: of one operator; ``None``: one a physical core.
+            accuracy_level: what ONNX Runtime multiplies int4 weights in, instead of what the manifest or the engine
+                says: 4 rounds the activations to int8, 1 keeps them float32.
             integrity: how closely the files are held against the manifest.
 
         Raises:
@@ -81,8 +85,8 @@ class Llava:
         slots = min(DEFAULT_MAX_LEN, shape.max_positions) if max_len is None else max_len
         if type(slots) is not int or not 1 <= slots <= shape.max_positions:
             raise OptionError("max_len", f"want 1 to {shape.max_positions}, the model's positions, got {slots!r}")
-        options = OnnxRuntimeOptions(threads)
-        choice = choose_onnxruntime(bundle, onnxruntime_version(), integrity)
+        choice = choose_onnxruntime(bundle, onnxruntime_version(), accuracy_level, integrity)
+        options = OnnxRuntimeOptions(threads, choice.accuracy_level)
         vision = OnnxRuntimeVision(choice.vision, bundle.manifest.vision, options)
         decoder = OnnxRuntimeDecoder(choice.decoder, shape, slots, options)
         return cls(bundle, PromptEncoder(bundle, vision), decoder, choice.reason)

@@ -10,6 +10,7 @@ import numpy as np
 
 from llava_deploy.engines.contract import DecoderShape, VisionShape, past_name, present_name
 from llava_deploy.engines.errors import BackendError, OptionError
+from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, AccuracyLevel
 from llava_deploy.runtime.backend import step_mask, step_positions
 
 if TYPE_CHECKING:
@@ -23,9 +24,15 @@ MOST_THREADS = 1024
 
 @dataclass(frozen=True)
 class OnnxRuntimeOptions:
-    """``threads``: of one operator; ``None`` takes one a physical core, as ONNX Runtime does."""
+    """How sessions run.
 
-    threads: int | None = None
+    Attributes:
+        threads: of one operator; ``None`` takes one a physical core, as ONNX Runtime does.
+        accuracy_level: what products with quantised weights are computed in; ``None`` where there are none.
+    """
+
+    threads: int | None
+    accuracy_level: AccuracyLevel | None
 
     def __post_init__(self) -> None:
         if self.threads is not None and not (type(self.threads) is int and 1 <= self.threads <= MOST_THREADS):
@@ -135,6 +142,8 @@ def _open(model: Path, options: OnnxRuntimeOptions) -> onnxruntime.InferenceSess
     settings.log_severity_level = 4  # its errors come as exceptions, its warnings are of the graph's making
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
+    if options.accuracy_level is not None:
+        settings.add_session_config_entry(ACCURACY_LEVEL_ENTRY, str(options.accuracy_level))
     try:
         return ort.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
     except Exception as error:

@@ -3,51 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
-from typing import get_args
 
-from llava_deploy.engines.errors import CheckpointError, InputError
-from llava_deploy.engines.names import HeadPrecision
+from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD
 from llava_deploy.exporter.halves import decoder_linears
+from llava_deploy.exporter.quantization.request import QuantizeOptions
 from llava_deploy.exporter.quantization.rtn import RoundedTensor, require_form
-from llava_deploy.exporter.quantization.weight import GROUP_SIZES, QuantizedSource, WeightFormat
+from llava_deploy.exporter.quantization.weight import QuantizedSource, WeightFormat
 from llava_deploy.exporter.sources.tensors import TensorSource
-
-_INT8_COLUMNS = WeightFormat(8, None, symmetric=True, permuted=False)
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """How a float checkpoint's decoder becomes int4.
-
-    Attributes:
-        group_size: input features that share a scale: 32, 64 or 128.
-        symmetric: no zero points; a little faster where a backend has no kernel for them, a little less exact.
-        lm_head: precision of the output layer; 8 bits have one scale an output.
-    """
-
-    group_size: int
-    symmetric: bool
-    lm_head: HeadPrecision
-
-    def __post_init__(self) -> None:
-        if self.group_size not in GROUP_SIZES:
-            raise InputError(f"group size: want one of {', '.join(map(str, GROUP_SIZES))}, got {self.group_size!r}")
-        if self.lm_head not in get_args(HeadPrecision):
-            raise InputError(f"lm_head: want one of {', '.join(get_args(HeadPrecision))}, got {self.lm_head!r}")
-
-    @property
-    def weight_format(self) -> WeightFormat:
-        """Of every linear layer but the output layer."""
-        return WeightFormat(4, self.group_size, self.symmetric, permuted=False)
-
-    @property
-    def head_format(self) -> WeightFormat | None:
-        """Of the output layer; ``None`` where it stays a float."""
-        return {"fp16": None, "int8": _INT8_COLUMNS, "int4": self.weight_format}[self.lm_head]
 
 
 def weight_formats(tensors: Mapping[str, TensorSource]) -> dict[str, WeightFormat]:

@@ -25,13 +25,12 @@ from llava_deploy.exporter.sources.tensors import TensorSource
 
 
 @dataclass(frozen=True)
-class TorchLlava:
-    """Tower, projector and decoder, on the CPU, in evaluation mode and of one dtype."""
+class TorchVision:
+    """Tower and projector, on the CPU, in evaluation mode and of one dtype."""
 
     config: LlavaConfig
     tower: CLIPVisionModel
     projector: nn.Sequential
-    decoder: LlamaForCausalLM
 
     def hidden_states(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``[images, 3, height, width]`` to the tower's hidden states, each ``[images, 1 + patches, hidden]``."""
@@ -44,6 +43,18 @@ class TorchLlava:
         layers = resolved_feature_layers(self.config)
         return torch.cat([hidden_states[layer][:, first:] for layer in layers], dim=-1)
 
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """``[images, 3, height, width]`` to what is spliced into the text, ``[images, patches, hidden]``."""
+        projected: torch.Tensor = self.projector(self.select(self.hidden_states(pixel_values)))
+        return projected
+
+
+@dataclass(frozen=True)
+class TorchLlava(TorchVision):
+    """The whole model, likewise."""
+
+    decoder: LlamaForCausalLM
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids to embeddings."""
         embedded: torch.Tensor = self.decoder.get_input_embeddings()(ids)
@@ -52,24 +63,34 @@ class TorchLlava:
 
 def load_torch(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> TorchLlava:
     """Build the model; needs memory for all its weights in ``dtype``."""
+    vision = load_vision(checkpoint, dtype)
+    with torch.device("meta"):
+        decoder = LlamaForCausalLM(llama_config(checkpoint.config.decoder))
+    fill(decoder, checkpoint.tensors, dtype, _decoder_name)
+    return TorchLlava(vision.config, vision.tower, vision.projector, decoder.eval())
+
+
+def load_vision(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> TorchVision:
+    """Build the part of the model that pictures pass through; no tensor of the decoder is read."""
     config = checkpoint.config
     with torch.device("meta"):
         tower = CLIPVisionModel(_clip_config(config.vision))
         projector = _projector(config.projector)
-        decoder = LlamaForCausalLM(_llama_config(config.decoder))
     layers = max(resolved_feature_layers(config))
     encoder = next(module for module in tower.modules() if isinstance(module, CLIPEncoder))
     encoder.layers = encoder.layers[:layers]  # the checkpoint's left-over layers are not read
-    _fill(tower, checkpoint.tensors, dtype, lambda name: f"vision_tower.{name.removeprefix('vision_model.')}")
-    _fill(projector, checkpoint.tensors, dtype, _projector_name)
-    _fill(decoder, checkpoint.tensors, dtype, _decoder_name)
-    return TorchLlava(config, tower.eval(), projector.eval(), decoder.eval())
+    fill(tower, checkpoint.tensors, dtype, lambda name: f"vision_tower.{name.removeprefix('vision_model.')}")
+    fill(projector, checkpoint.tensors, dtype, _projector_name)
+    return TorchVision(config, tower.eval(), projector.eval())
 
 
-def _fill(
+def fill(
     module: nn.Module, tensors: Mapping[str, TensorSource], dtype: torch.dtype, canonical: Callable[[str], str]
 ) -> None:
+    """Give a module that was built on the meta device its parameters, named by ``canonical`` of the module's names."""
     module.to_empty(device="cpu")
+    if isinstance(module, LlamaForCausalLM):
+        module.tie_weights()  # which the way from the meta device undid
     state = {}
     for name, parameter in module.named_parameters():
         source = tensors.get(canonical(name))
@@ -118,10 +139,12 @@ def _clip_config(config: VisionConfig) -> CLIPVisionConfig:
     return CLIPVisionConfig(**fields)
 
 
-def _llama_config(config: DecoderConfig) -> LlamaConfig:
+def llama_config(config: DecoderConfig) -> LlamaConfig:
+    """transformers' config of the decoder."""
     fields = dataclasses.asdict(config)
     del fields["model_type"], fields["rope"]
-    return LlamaConfig(**fields, rope_parameters=_rope_parameters(config.rope), pad_token_id=None)
+    rope = _rope_parameters(config.rope)
+    return LlamaConfig(**fields, rope_parameters=rope, pad_token_id=None, attn_implementation="sdpa")
 
 
 def _rope_parameters(rope: RopeConfig) -> dict[str, object]:

@@ -53,7 +53,7 @@ def built(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def choice(bundle: Path) -> Choice:
-    return choose_onnxruntime(open_bundle(bundle), VERSION, Integrity.FULL)
+    return choose_onnxruntime(open_bundle(bundle), VERSION, None, Integrity.FULL)
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -119,7 +119,7 @@ def test_without_an_engine_the_canonical_graphs_run(bundle: Path) -> None:
 def test_the_engines_manifest_lists_every_file(built: Path) -> None:
     directory = built / ENGINES / NAME
     engine = read_engine_manifest(directory)
-    assert engine.key == EngineKey("onnxruntime", VERSION, "cpu", source_digest(read_manifest(built)))
+    assert engine.key == EngineKey("onnxruntime", VERSION, "cpu", source_digest(read_manifest(built)), None)
     assert {f.path: f.sha256 for f in engine.files} == {
         name: digest for name, digest in digests(directory).items() if name != ENGINE_MANIFEST
     }

@@ -1,0 +1,98 @@
+"""The decoder's weights as a bundle holds them, read back: what its quantised graph is verified against."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import onnx_ir as ir
+
+from llava_deploy.engines.manifest import DECODER_GRAPH
+from llava_deploy.exporter.checkpoint import Checkpoint
+from llava_deploy.exporter.config import LM_HEAD
+from llava_deploy.exporter.quantization.weight import QuantizedWeight, WeightFormat
+from llava_deploy.exporter.sources.tensors import TensorSource
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A weight of a decoder graph; a quantised one is what it stands for, float32 ``[out_features, in_features]``."""
+
+    name: str
+    path: Path
+    shape: tuple[int, ...]
+    parts: tuple[ir.TensorProtocol, ...]
+    format: WeightFormat | None
+
+    @property
+    def key(self) -> str:
+        """The initializer's name."""
+        return self.name
+
+    @property
+    def dtype(self) -> str:
+        """Of what ``read`` gives."""
+        return "float32" if self.format is not None else str(self.parts[0].dtype.numpy())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def origin(self) -> str:
+        """File and initializer, for messages."""
+        return f"{self.path} ({self.name})"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The graph; its data is beside it."""
+        return (self.path,)
+
+    def read(self) -> np.ndarray:
+        """The values."""
+        if self.format is None:
+            return self.parts[0].numpy()
+        return self._quantized(self.format).dequantized()
+
+    def _quantized(self, form: WeightFormat) -> QuantizedWeight:
+        data, scales, *rest = self.parts
+        zero_points = None if form.symmetric else _bytes(rest.pop(0))
+        permutation = rest.pop().numpy() if form.permuted else None
+        return QuantizedWeight(form, _bytes(data), np.atleast_2d(scales.numpy()), zero_points, permutation)
+
+
+def _bytes(tensor: ir.TensorProtocol) -> np.ndarray:
+    """uint8 ``[rows, bytes]``, as :class:`QuantizedWeight` has them."""
+    return np.frombuffer(tensor.tobytes(), np.uint8).reshape(tensor.shape.numpy()[0], -1)
+
+
+def with_stored_decoder(checkpoint: Checkpoint, bundle: Path) -> Checkpoint:
+    """The checkpoint with the decoder weights of ``bundle``, which was made from it; nothing is read but the graph."""
+    path = bundle / DECODER_GRAPH
+    initializers = ir.load(path).graph.initializers
+    tensors: dict[str, TensorSource] = dict(checkpoint.tensors)
+    for name, value in initializers.items():
+        tensor = value.const_value
+        if tensor is None or not (name in tensors or name == LM_HEAD):
+            continue
+        bits = tensor.dtype.bitwidth
+        if bits > 8:  # a float
+            tensors[name] = StoredTensor(name, path, tuple(tensor.shape.numpy()), (tensor,), None)
+            continue
+        found = {suffix: initializers.get(f"{name}_{suffix}") for suffix in ("scale", "zero_point", "permutation")}
+        held = {suffix: part.const_value for suffix, part in found.items() if part is not None}
+        rows, columns = tensor.shape.numpy()
+        form = WeightFormat(
+            bits=4 if bits == 4 else 8,
+            group_size=rows // (math.prod(held["scale"].shape.numpy()) // columns),
+            symmetric="zero_point" not in held,
+            permuted="permutation" in held,
+        )
+        tensors[name] = StoredTensor(name, path, (columns, rows), (tensor, *held.values()), form)
+    tied = checkpoint.config.decoder.tie_word_embeddings and LM_HEAD not in tensors
+    config = replace(checkpoint.config, decoder=replace(checkpoint.config.decoder, tie_word_embeddings=tied))
+    return replace(checkpoint, config=config, tensors=MappingProxyType(tensors))
