@@ -17,8 +17,8 @@ _INLINE = 1024  # bytes; constants up to this size stay inside the graph
 def lower_file(source: Path, directory: Path, passes: Sequence[ir.passes.InPlacePass]) -> Path:
     """Run ``passes`` over the model ``source`` and write the result, under the same name, into ``directory``.
 
-    External data goes into one file beside it, some megabytes at a time: peak memory does not depend on the weights'
-    size, but for what a pass computes of one weight, whose size is a few hundredths of the weight's.
+    External data goes into one file beside it, some megabytes at a time: what is in memory of a weight beyond that is
+    what a pass computes of it, at a time of one weight. Files that are there after an error are not whole.
 
     Args:
         source: an ONNX file, its external data beside it.

@@ -95,10 +95,19 @@ class _Linear:
     product: ir.Node
     dequantize: ir.Node
     x: ir.Value
+    x_axes: int
     weight: ir.Value
     scale: ir.Value
-    zero_point: ir.Value
-    group_size: int
+    tensors: tuple[ir.TensorProtocol, ir.TensorProtocol, ir.TensorProtocol]
+    """Values of the weight ``[K, N]``; scales and zero points ``[groups, N]``."""
+
+    @property
+    def group_size(self) -> int:
+        return _block_size(self.dequantize)
+
+    @property
+    def rows(self) -> int:
+        return self.tensors[0].shape.numpy()[0]
 
 
 def _has_zero_points(node: ir.Node) -> bool:
@@ -135,24 +144,22 @@ def _block_size(node: ir.Node) -> int:
 def _linears(graph: ir.Graph) -> Iterator[_Linear]:
     """In the order of the products, so that the first one's place is before all that share its input."""
     for product in graph:
-        dequantize = product.inputs[1].producer() if product.op_type == "MatMul" and product.inputs[1] else None
-        x = product.inputs[0] if dequantize is not None else None
-        if dequantize is None or x is None or not _has_zero_points(dequantize):
+        if product.op_type != "MatMul" or product.inputs[1] is None:
             continue
-        weight, scale, zero_point = dequantize.inputs
-        if weight is not None and scale is not None and zero_point is not None:
-            yield _Linear(product, dequantize, x, weight, scale, zero_point, _block_size(dequantize))
+        x, dequantize = product.inputs[0], product.inputs[1].producer()
+        if dequantize is None or x is None or x.shape is None or not _has_zero_points(dequantize):
+            continue
+        weight, scale, zero_point = (value for value in dequantize.inputs if value is not None)
+        values, scales, zeros = weight.const_value, scale.const_value, zero_point.const_value
+        if values is not None and scales is not None and zeros is not None:
+            yield _Linear(product, dequantize, x, len(x.shape), weight, scale, (values, scales, zeros))
 
 
 def _group_means(graph: ir.Graph, linear: _Linear) -> _Groups:
     x, group_size, dtype = linear.x, linear.group_size, linear.scale.dtype
-    width = linear.weight.shape.numpy()[0] if linear.weight.shape is not None else 0
-    leading = [0] * (len(x.shape) - 1) if x.shape is not None else []  # a 0 in Reshape's shape: as it was
-    blocks, flat, pairs = (
-        [*leading, width // group_size, group_size],
-        [*leading, width],
-        [*leading, 2 * (width // group_size)],
-    )
+    leading = [0] * (linear.x_axes - 1)  # a 0 in Reshape's shape: as it was
+    groups = linear.rows // group_size
+    blocks, flat, pairs = [*leading, groups, group_size], [*leading, linear.rows], [*leading, 2 * groups]
     op = NodeList(graph, f"{x.name}.groups_of_{group_size}")
     wide = op.add("Reshape", op.cast(x, dtype, ir.DataType.FLOAT), op.integers(blocks))  # […, groups, group_size]
     mean = op.add("ReduceMean", wide, op.integers([-1]), keepdims=1)  # […, groups, 1]
@@ -170,13 +177,11 @@ def _group_means(graph: ir.Graph, linear: _Linear) -> _Groups:
 def _lower(graph: ir.Graph, linear: _Linear, groups: _Groups) -> None:
     """The product's node becomes the sum, so that its result keeps its name and its users."""
     centred, means = groups
-    weight, scale, source, zeros = linear.weight, linear.scale, linear.weight.const_value, linear.zero_point.const_value
-    if source is None or scale.const_value is None or zeros is None:
-        raise ir.passes.PreconditionError(f"weight {weight.name!r}: has no data")
+    weight, zero_point = linear.weight, linear.dequantize.inputs[2]
     op = NodeList(graph, f"{weight.name}.lowered")
-    terms = op.initializer("group_terms", _group_terms(source, scale.const_value, zeros, linear.group_size))
-    weight.const_value, weight.dtype = FlippedNibbles(source), ir.DataType.INT4
-    symmetric = op.add("DequantizeLinear", weight, scale, axis=0, block_size=linear.group_size)
+    terms = op.initializer("group_terms", _group_terms(*linear.tensors, linear.group_size))
+    weight.const_value, weight.dtype = FlippedNibbles(linear.tensors[0]), ir.DataType.INT4
+    symmetric = op.add("DequantizeLinear", weight, linear.scale, axis=0, block_size=linear.group_size)
     product = op.add("MatMul", centred, symmetric)
     correction = op.add("MatMul", means, terms)
     op.insert_before(linear.product)
@@ -185,8 +190,8 @@ def _lower(graph: ir.Graph, linear: _Linear, groups: _Groups) -> None:
     linear.product.replace_input_with(0, product)
     linear.product.replace_input_with(1, correction)
     graph.remove(linear.dequantize, safe=True)
-    if not linear.zero_point.uses():
-        del graph.initializers[str(linear.zero_point.name)]
+    if zero_point is not None and not zero_point.uses():
+        del graph.initializers[str(zero_point.name)]
 
 
 def _group_terms(
