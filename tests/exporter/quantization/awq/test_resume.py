@@ -1,0 +1,163 @@
+"""A run that is stopped goes on where it was and ends in the same bytes; another run's directory is refused."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_deploy.engines.errors import CheckpointError, InputError
+from llava_deploy.exporter.checkpoint import Checkpoint
+from llava_deploy.exporter.quantization.awq import state
+from llava_deploy.exporter.quantization.awq.quantize import awq, read_report
+
+KILLED = """
+import os, pathlib, signal, sys, torch
+from llava_deploy.exporter.checkpoint import open_checkpoint
+from llava_deploy.exporter.quantization.awq.calibration import demo_calibration
+from llava_deploy.exporter.quantization.awq.quantize import AwqOptions, awq
+from llava_deploy.exporter.quantization.request import QuantizeOptions
+torch.set_num_threads(1)
+def on_layer(done, total):
+    if done == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint = open_checkpoint(pathlib.Path(sys.argv[1]))
+options = AwqOptions(QuantizeOptions(128, False, "fp16"), "cpu", 512)
+awq(checkpoint, options, demo_calibration(checkpoint, 16), pathlib.Path(sys.argv[2]), on_layer)
+"""
+
+
+class StoppedError(Exception):
+    pass
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_a_killed_process(
+    demo: Checkpoint,
+    demo_samples: Any,
+    options: Any,
+    tmp_path: Path,
+    demo_checkpoint: Path,
+    child_environment: dict[str, str],
+) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    run = [sys.executable, "-c", KILLED, str(demo_checkpoint), str(killed)]
+    result = subprocess.run(run, check=False, timeout=120, env=child_environment)
+    assert result.returncode == -signal.SIGKILL
+    left = {path.name: path.stat().st_mtime_ns for path in killed.iterdir()}
+    assert {"layer-0000.safetensors", "layer-0001.safetensors", "hidden-0002.safetensors"} <= left.keys()
+    assert "layer-0002.safetensors" not in left
+
+    steps: list[tuple[int, int]] = []
+    awq(demo, options(128), demo_samples, killed, lambda *step: steps.append(step))
+    awq(demo, options(128), demo_samples, whole)
+
+    assert steps == [(2, 4), (3, 4), (4, 4)]
+    assert (killed / "layer-0001.safetensors").stat().st_mtime_ns == left["layer-0001.safetensors"]
+    assert files(killed) == files(whole)
+
+
+@pytest.mark.parametrize("moment", ["keep_hidden", "keep_layer"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_stopped_at_any_moment(
+    tiny: Callable[..., Checkpoint],
+    make_samples: Any,
+    options: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+    layer: int,
+) -> None:
+    checkpoint = tiny()
+    samples = make_samples(checkpoint)
+    awq(checkpoint, options(), samples, tmp_path / "whole")
+    keep = getattr(state.WorkDirectory, moment)
+
+    def stop(self: Any, index: int, value: Any) -> None:
+        if index == layer:
+            raise StoppedError
+        keep(self, index, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state.WorkDirectory, moment, stop)
+        with pytest.raises(StoppedError):
+            awq(checkpoint, options(), samples, tmp_path / "stopped")
+    awq(checkpoint, options(), samples, tmp_path / "stopped")
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_done_again(
+    tiny: Callable[..., Checkpoint], make_samples: Any, options: Any, work: Path
+) -> None:
+    checkpoint = tiny()
+    awq(checkpoint, options(), make_samples(checkpoint), work)
+    before, report = files(work), read_report(work, checkpoint)
+    steps: list[tuple[int, int]] = []
+    awq(checkpoint, options(), make_samples(checkpoint), work, lambda *step: steps.append(step))
+    assert steps == [(3, 3)]
+    assert files(work) == before
+    assert read_report(work, checkpoint) == report
+
+
+def test_the_state_of_another_run_is_refused(
+    tiny: Callable[..., Checkpoint], make_samples: Any, options: Any, work: Path
+) -> None:
+    checkpoint = tiny()
+    samples = make_samples(checkpoint)
+    awq(checkpoint, options(), samples, work)
+    before = files(work)
+    first = samples[0]
+    for changed, reason in (
+        ((checkpoint, options(symmetric=True), samples), r"symmetric \(False, now True\)"),
+        ((checkpoint, options(max_tokens=30), samples), r"max_tokens \(512, now 30\)"),
+        ((checkpoint, options(), samples[1:]), r"calibration \(4 samples, .*, now 3 samples, "),
+        ((checkpoint, options(), (replace(first, ids=first.ids + 1), *samples[1:])), r"calibration \(4 .* now 4 "),
+        ((checkpoint, options(), (replace(first, pixels=-first.pixels), *samples[1:])), r"calibration \(4 .* now 4 "),
+        ((tiny(rms_norm_eps=1e-3), options(), samples), r"config \("),
+    ):
+        with pytest.raises(InputError, match=rf"{work}: holds an AWQ run .* {reason}.*; name another directory"):
+            awq(*changed, work)
+    os.utime(checkpoint.directory / "model.safetensors")
+    with pytest.raises(InputError, match=r"differs in checkpoint \("):
+        awq(checkpoint, options(), samples, work)
+    assert files(work) == before
+
+
+def test_a_directory_that_is_none_of_ours(
+    tiny: Callable[..., Checkpoint], make_samples: Any, options: Any, work: Path
+) -> None:
+    checkpoint = tiny()
+    work.mkdir()
+    (work / "photo.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"want an empty directory or one of an AWQ run, found 'photo.jpg'"):
+        awq(checkpoint, options(), make_samples(checkpoint), work)
+    assert set(files(work)) == {"photo.jpg"}
+
+
+def test_one_process_at_a_time(tiny: Callable[..., Checkpoint], make_samples: Any, options: Any, work: Path) -> None:
+    checkpoint = tiny()
+    work.mkdir()
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process is at work in it"):
+            awq(checkpoint, options(), make_samples(checkpoint), work)
+
+
+@pytest.mark.parametrize("name", ["state.json", "hidden-0003.safetensors", "layer-0001.safetensors"])
+def test_damaged_state(tiny: Callable[..., Checkpoint], make_samples: Any, options: Any, work: Path, name: str) -> None:
+    checkpoint = tiny()
+    awq(checkpoint, options(), make_samples(checkpoint), work)
+    (work / name).write_bytes(b"half")
+    with pytest.raises(CheckpointError, match=name):
+        awq(checkpoint, options(), make_samples(checkpoint), work)
