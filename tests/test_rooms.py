@@ -45,6 +45,8 @@ THIRD_PARTY = {
 RUNTIME_MAY = {f"{PACKAGE}.engines.{name}" for name in GROUND_FLOOR} - {f"{PACKAGE}.engines.staging"}
 MEETS_RUNTIME = {
     "exporter/recipes/chat_recipe.py": "has the runtime's parser read the template that it will render",
+    "exporter/quantization/awq/calibration.py": "makes prompts the way that the runtime makes them",
+    "exporter/quantization/awq/embeddings.py": "has the runtime's splice put the pictures in",
     "exporter/verify.py": "compares PyTorch with what the runtime does",
     "exporter/tables.py": "says things in the words of the runtime's terminal",
     "exporter/demo/questions.py": "gives the questions in the form that the runtime evaluates",
