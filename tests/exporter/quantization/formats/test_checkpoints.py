@@ -179,3 +179,18 @@ def test_description_says_what_is_quantised(make_packed: Any, invoke: Any) -> No
 def test_description_of_a_float_checkpoint(make_llava: Any) -> None:
     report = describe(open_checkpoint(make_llava().directory))
     assert report["quantized"] == {"weights": {}, "dense": []}
+
+
+def test_inspect_with_tinychats_file(make_llava: Any, make_tinychat: Any, invoke: Any, error_line: Any) -> None:
+    saved = make_llava(text={"hidden_size": 64, "intermediate_size": 128})
+    part = {name: value for name, value in saved.canonical().items() if name.startswith("language_model.")}
+    path, _ = make_tinychat(part)
+    report = json.loads(invoke("inspect", saved.directory, "--quantized", path, "--json").stdout)
+    assert set(report["quantized"]["weights"].values()) == {"tinychat, uint4, groups of 64"}
+    assert str(path) in [file["path"] for file in report["files"]]
+    content = torch.load(path)
+    del content["model.layers.0.mlp.up_proj.scales"]
+    torch.save(content, path)
+    result = invoke("inspect", saved.directory, "--quantized", path)
+    assert result.exit_code == 2
+    assert f"{path} (model.layers.0.mlp.up_proj.qweight): want model.layers.0.mlp.up_proj.scales" in error_line(result)
