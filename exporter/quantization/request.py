@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from llava_deploy.engines.errors import OptionError
 from llava_deploy.engines.names import HeadPrecision
-from llava_deploy.exporter.quantization.weight import GROUP_SIZES, WeightFormat
+
+if TYPE_CHECKING:
+    from llava_deploy.exporter.quantization.weight import WeightFormat
+
+GROUP_SIZES = (32, 64, 128)
+"""Input features that may share a scale."""
 
 GROUP_SIZE = 128
 """Where none is asked for: what AWQ and GPTQ checkpoints have, and TensorRT's kernels are made for."""
-
-_INT8_COLUMNS = WeightFormat(8, None, symmetric=True, permuted=False)
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,17 @@ class QuantizeOptions:
     @property
     def weight_format(self) -> WeightFormat:
         """Of every linear layer but the output layer."""
+        from llava_deploy.exporter.quantization.weight import WeightFormat
+
         return WeightFormat(4, self.group_size, self.symmetric, permuted=False)
 
     @property
     def head_format(self) -> WeightFormat | None:
         """Of the output layer; ``None`` where it stays a float."""
-        return {"fp16": None, "int8": _INT8_COLUMNS, "int4": self.weight_format}[self.lm_head]
+        from llava_deploy.exporter.quantization.weight import WeightFormat
+
+        columns = WeightFormat(8, None, symmetric=True, permuted=False)
+        return {"fp16": None, "int8": columns, "int4": self.weight_format}[self.lm_head]
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ def with_stored_decoder(checkpoint: Checkpoint, bundle: Path) -> Checkpoint:
             tensors[name] = StoredTensor(name, path, tuple(tensor.shape.numpy()), (tensor,), None)
             continue
         found = {suffix: initializers.get(f"{name}_{suffix}") for suffix in ("scale", "zero_point", "permutation")}
-        held = {suffix: part.const_value for suffix, part in found.items() if part is not None}
+        parts = {suffix: part.const_value for suffix, part in found.items() if part is not None}
+        held = {suffix: values for suffix, values in parts.items() if values is not None}
         rows, columns = tensor.shape.numpy()
         form = WeightFormat(
             bits=4 if bits == 4 else 8,

@@ -12,9 +12,6 @@ import numpy as np
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.engines.names import QuantizationMethod
 
-GROUP_SIZES = (32, 64, 128)
-"""Input features that may share a scale."""
-
 
 @dataclass(frozen=True)
 class WeightFormat:

@@ -11,8 +11,8 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from llava_deploy.engines.errors import CheckpointError
+from llava_deploy.exporter.quantization.request import GROUP_SIZES
 from llava_deploy.exporter.quantization.weight import (
-    GROUP_SIZES,
     QuantizedSource,
     QuantizedWeight,
     WeightFormat,

@@ -29,8 +29,8 @@ from llava_deploy.exporter.quantization.formats.packed import (
     require_packed,
     require_shape,
 )
+from llava_deploy.exporter.quantization.request import GROUP_SIZES
 from llava_deploy.exporter.quantization.weight import (
-    GROUP_SIZES,
     QuantizedWeight,
     WeightFormat,
     pack_nibbles,
