@@ -18,12 +18,13 @@ from llava_deploy.engines.manifest import (
     ImageRecipe,
     Manifest,
     ModelCard,
+    QuantizationRecipe,
     SpliceRecipe,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-SECTIONS = (ModelCard, VisionShape, DecoderShape, ImageRecipe, ChatRecipe, SpliceRecipe, FileEntry)
+SECTIONS = (ModelCard, VisionShape, DecoderShape, ImageRecipe, ChatRecipe, SpliceRecipe, QuantizationRecipe, FileEntry)
 
 
 def code(text: str) -> set[str]:
