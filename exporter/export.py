@@ -155,7 +155,8 @@ def _recipe(
         return None
     heads: dict[int, HeadPrecision] = {8: "int8", 4: "int4"}
     head = formats.get(LM_HEAD)
-    ((form, _),) = Counter(form for name, form in formats.items() if form is not head).most_common(1)
+    others = [form for name, form in formats.items() if name != LM_HEAD]
+    ((form, _),) = Counter(others or formats.values()).most_common(1)
     sources = (checkpoint.tensors[name] for name in formats)
     ((method, _),) = Counter(s.method for s in sources if isinstance(s, QuantizedSource)).most_common(1)
     return QuantizationRecipe(

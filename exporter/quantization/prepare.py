@@ -8,10 +8,12 @@ from pathlib import Path
 from llava_deploy.engines.errors import InputError
 from llava_deploy.engines.names import Precision
 from llava_deploy.exporter.checkpoint import Checkpoint
+from llava_deploy.exporter.config import LM_HEAD
 from llava_deploy.exporter.quantization.awq.calibration import calibration_samples
 from llava_deploy.exporter.quantization.awq.quantize import AwqOptions, awq
 from llava_deploy.exporter.quantization.plan import require_float, round_to_nearest, weight_formats, with_head
 from llava_deploy.exporter.quantization.request import QuantizeRequest
+from llava_deploy.exporter.quantization.weight import QuantizedSource
 
 MOST_TOKENS = 2048
 """Of a calibration sample."""
@@ -48,13 +50,22 @@ def prepare(
         options = AwqOptions(request.options(), device, max_tokens=MOST_TOKENS)
         return awq(checkpoint, options, calibration_samples(request.calibration, checkpoint), work, on_layer)
     if weight_formats(checkpoint.tensors):
-        if request.group_size is not None or request.symmetric:
-            raise InputError(
-                f"--group-size, --symmetric: {checkpoint.directory} is quantised already and keeps its own groups; "
-                "leave them out, or take the float checkpoint"
-            )
+        _refuse_rounding_again(checkpoint, request)
         return with_head(checkpoint, request.options().head_format)
     return round_to_nearest(checkpoint, request.options())
+
+
+def _refuse_rounding_again(checkpoint: Checkpoint, request: QuantizeRequest) -> None:
+    if request.lm_head is not None and isinstance(checkpoint.tensors.get(LM_HEAD), QuantizedSource):
+        raise InputError(
+            f"--lm-head: the output layer of {checkpoint.directory} is quantised already and stays as it is; "
+            "leave the option out, or take the float checkpoint"
+        )
+    if (request.group_size is not None or request.symmetric) and request.lm_head != "int4":
+        raise InputError(
+            f"--group-size, --symmetric: {checkpoint.directory} is quantised already and keeps its own groups; "
+            "leave them out, or take the float checkpoint (with --lm-head int4 they are the output layer's)"
+        )
 
 
 def _refuse_useless(precision: Precision, request: QuantizeRequest) -> None:

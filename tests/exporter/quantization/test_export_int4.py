@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -14,12 +14,13 @@ import pytest
 from llava_deploy.engines.engine_manifest import read_engine_manifest
 from llava_deploy.engines.errors import CheckpointError, InputError, OptionError
 from llava_deploy.engines.manifest import DECODER_GRAPH, QuantizationRecipe, read_manifest
+from llava_deploy.engines.names import HeadPrecision
 from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
 from llava_deploy.exporter.checkpoint import Checkpoint, open_checkpoint
 from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD
 from llava_deploy.exporter.export import export
 from llava_deploy.exporter.halves import decoder_linears
-from llava_deploy.exporter.quantization.plan import round_to_nearest
+from llava_deploy.exporter.quantization.plan import round_to_nearest, weight_formats, with_head
 from llava_deploy.exporter.quantization.prepare import prepare
 from llava_deploy.exporter.quantization.request import QuantizeOptions, QuantizeRequest
 from llava_deploy.exporter.quantization.rtn import quantize
@@ -162,6 +163,27 @@ def test_not_quantised_twice(make_llava: Any) -> None:
         prepare(rounded, "int4", replace(NOTHING, group_size=32), Path("unused"))
     with pytest.raises(CheckpointError, match="quantised already, to 4 bits"):
         prepare(rounded, "int4-awq", NOTHING, Path("unused"))
+
+
+def test_the_output_layer_of_a_quantised_checkpoint(make_llava: Any) -> None:
+    checkpoint = opened(make_llava, vocab_size=260)
+    dense = round_to_nearest(checkpoint, QuantizeOptions(32, symmetric=False, lm_head="fp16"))
+    for lm_head, want in (
+        (replace(NOTHING, lm_head="int8"), WeightFormat(8, None, symmetric=True, permuted=False)),
+        (replace(NOTHING, lm_head="int4", group_size=64), WeightFormat(4, 64, symmetric=False, permuted=False)),
+    ):
+        found = prepare(dense, "int4", lm_head, Path("unused"))
+        assert weight_formats(found.tensors) == {**weight_formats(dense.tensors), LM_HEAD: want}
+    rounded = round_to_nearest(checkpoint, QuantizeOptions(32, symmetric=False, lm_head="int4"))
+    for precision in get_args(HeadPrecision):
+        with pytest.raises(InputError, match=r"--lm-head: the output layer of .* is quantised already and stays"):
+            prepare(rounded, "int4", replace(NOTHING, lm_head=precision), Path("unused"))
+
+
+def test_only_the_output_layer(make_llava: Any, tmp_path: Path) -> None:
+    checkpoint = with_head(opened(make_llava), WeightFormat(8, None, symmetric=True, permuted=False))
+    recipe = export(checkpoint, tmp_path / "b", "int4").quantization
+    assert recipe == QuantizationRecipe("rtn", None, symmetric=True, lm_head="int8", weights=1, accuracy_level=4)
 
 
 def test_int4_of_floats_is_not_made_up(make_llava: Any, tmp_path: Path) -> None:
