@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -145,11 +144,13 @@ def export(
     is there when it is whole, or not at all.
 
     int4 rounds the decoder's weights to the nearest step, or keeps those of a checkpoint that is quantised already;
-    int4-awq searches steps that suit the activations of calibration prompts, layer by layer, and goes on where it was
-    stopped.
+    int4-awq searches steps that suit the activations of calibration prompts, layer by layer. What it has found is in
+    BUNDLE.awq until the export is done: after a stop, the same command goes on from there.
     """
     from llava_deploy.runtime import terminal
 
+    if precision in ("fp32", "fp16"):
+        refuse_given(f"of no effect with --precision {precision}", "accuracy_level")
     watch = terminal.Stopwatch()
     with terminal.progress("quantising" if precision == "int4-awq" else "opening", quiet=quiet()) as step:
         from llava_deploy.exporter.export import export as write
@@ -170,7 +171,10 @@ def export(
             on_progress=lambda at: step(at.done, at.total),
         )
     if precision == "int4-awq":
-        shutil.rmtree(work)  # of use to a search that was stopped only
+        from llava_deploy.exporter.quantization.awq.state import remove_work
+
+        if not remove_work(work):  # of use to a search that was stopped only
+            say(f"{work}: left where it is, since it is a link, or somebody else uses it")
     total = terminal.size(sum(entry.size for entry in manifest.files))
     say(f"{manifest.model.parameters:,} parameters in {precision}, {total}, in {watch}")
     _say_unused(checkpoint)
@@ -296,6 +300,9 @@ def verify(
 
     Both get the same picture and prompt, and are compared stage by stage: pixels, tower layer by layer, projector,
     splice, decoder layer by layer, logits, tokens. Fails where a stage leaves its tolerance, and names the first.
+
+    Of an int4 bundle, PyTorch's decoder takes the weights that the bundle's stand for: this says whether they are
+    computed with rightly, and eval says what it costs that they are int4.
     """
     from llava_deploy.engines.errors import LlavaDeployError
     from llava_deploy.engines.manifest import read_manifest

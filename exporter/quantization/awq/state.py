@@ -7,12 +7,13 @@ appears whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,8 +31,12 @@ from llava_deploy.exporter.quantization.weight import QuantizedSource, Quantized
 from llava_deploy.exporter.sources.tensors import TensorSource, open_file
 
 _STATE, _LOCK = "state.json", "lock"
+# The last is what safetensors writes before it renames.
+_WRITTEN = re.compile(r"lock|(state\.json|(layer|hidden)-\d{4,}\.safetensors)(\.partial)?|\.tmp[A-Za-z0-9]{6}")
+_FIRST = {_LOCK, _STATE, f"{_STATE}.partial"}  # what there may be before there is a state
 _DATA, _SCALES, _ZERO_POINTS = "|data", "|scales", "|zero_points"
 _REPORT = "report"
+_ELSEWHERE = "move it away, or name another (on the command line it is -o with .awq behind it)"
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class WorkDirectory:
         return self.path / f"hidden-{index:04}.safetensors"
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_work(path: Path, fingerprint: Mapping[str, Any]) -> Iterator[WorkDirectory]:
     """Take a directory for a run, a new one or that of an earlier run of the same.
 
@@ -152,14 +157,15 @@ def open_work(path: Path, fingerprint: Mapping[str, Any]) -> Iterator[WorkDirect
         LlavaDeployError: it cannot be written.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(entry.name for entry in path.iterdir())
-        state = path / _STATE
-        if foreign and not {_LOCK, _STATE} & set(foreign):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
             raise InputError(
-                f"{path}: want an empty directory or one of an AWQ run, found {foreign[0]!r} in it; name another"
-            )
-        with (path / _LOCK).open("w") as lock:
+                f"{path}: want a directory for an AWQ run, found a file or a dead link; {_ELSEWHERE}"
+            ) from error
+        state = path / _STATE
+        _require_ours(path)
+        with (path / _LOCK).open("a") as lock:
             _take(lock.fileno(), path)
             wanted = json.loads(json.dumps(fingerprint))
             if state.is_file():
@@ -169,6 +175,39 @@ def open_work(path: Path, fingerprint: Mapping[str, Any]) -> Iterator[WorkDirect
             yield WorkDirectory(path)
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def remove_work(path: Path) -> bool:
+    """Remove what a run wrote to its directory, and the directory, unless another process is at work in it.
+
+    Returns:
+        Whether it is gone: a link stays, and so does a directory that holds something else.
+    """
+    with contextlib.suppress(OSError, InputError), (path / _LOCK).open("a") as lock:
+        _take(lock.fileno(), path)
+        for entry in path.iterdir():
+            if _is_ours(entry):
+                entry.unlink()
+        path.rmdir()
+    return not path.exists()
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether a run writes a file like this one; its lock is empty."""
+    if entry.is_symlink() or not entry.is_file() or not _WRITTEN.fullmatch(entry.name):
+        return False
+    return entry.name != _LOCK or not entry.stat().st_size
+
+
+def _require_ours(path: Path) -> None:
+    """Somebody's own files are neither written over nor, when the run is done, removed."""
+    begun = (path / _STATE).is_file()
+    strange = (e for e in sorted(path.iterdir()) if not (_is_ours(e) and (begun or e.name in _FIRST)))
+    foreign = [entry.name for entry in strange if os.path.lexists(entry)]  # another process renames its own meanwhile
+    if foreign:
+        raise InputError(
+            f"{path}: want an empty directory or one of an AWQ run, found {foreign[0]!r} in it; {_ELSEWHERE}"
+        )
 
 
 def _take(lock: int, path: Path) -> None:
@@ -183,7 +222,7 @@ def _take(lock: int, path: Path) -> None:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path) from error
     if not isinstance(state, dict):
         raise _damaged(path)

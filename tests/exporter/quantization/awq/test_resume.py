@@ -134,15 +134,75 @@ def test_the_state_of_another_run_is_refused(
     assert files(work) == before
 
 
+@pytest.mark.parametrize(
+    "names",
+    [["photo.jpg"], ["lock", "photo.jpg"], ["photo.jpg", "state.json"], ["layer-0000.safetensors"], ["lock"]],
+    ids="+".join,
+)
 def test_a_directory_that_is_none_of_ours(
-    tiny: Callable[..., Checkpoint], make_samples: Any, options: Any, work: Path
+    tiny: Callable[..., Checkpoint], make_samples: Any, options: Any, work: Path, names: list[str]
 ) -> None:
     checkpoint = tiny()
     work.mkdir()
-    (work / "photo.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match=r"want an empty directory or one of an AWQ run, found 'photo.jpg'"):
+    for name in names:
+        (work / name).write_bytes(b"{}")
+    with pytest.raises(
+        InputError, match=r"want an empty directory or one of an AWQ run, found '(photo|layer|lock).*-o"
+    ):
         awq(checkpoint, options(), make_samples(checkpoint), work)
-    assert set(files(work)) == {"photo.jpg"}
+    assert files(work) == dict.fromkeys(names, b"{}")
+
+
+def test_a_lock_that_leads_to_somebodys_file(
+    tiny: Callable[..., Checkpoint], make_samples: Any, options: Any, work: Path, tmp_path: Path
+) -> None:
+    checkpoint, precious = tiny(), tmp_path / "precious"
+    precious.write_text("mine")
+    work.mkdir()
+    (work / "lock").symlink_to(precious)
+    with pytest.raises(InputError, match="found 'lock' in it"):
+        awq(checkpoint, options(), make_samples(checkpoint), work)
+    assert precious.read_text() == "mine"
+
+
+def test_a_file_where_the_directory_would_be(
+    tiny: Callable[..., Checkpoint], make_samples: Any, options: Any, work: Path
+) -> None:
+    checkpoint = tiny()
+    work.write_text("mine")
+    with pytest.raises(InputError, match=f"{work}: want a directory for an AWQ run, found a file"):
+        awq(checkpoint, options(), make_samples(checkpoint), work)
+    assert work.read_text() == "mine"
+
+
+def test_only_what_the_run_wrote_is_removed(
+    tiny: Callable[..., Checkpoint], make_samples: Any, options: Any, work: Path, tmp_path: Path
+) -> None:
+    checkpoint, linked = tiny(), tmp_path / "linked"
+    linked.mkdir()
+    for directory in (work, linked):
+        awq(checkpoint, options(), make_samples(checkpoint), directory)
+    (work / ".tmpAb12cd").write_bytes(b"left by a killed process")
+    assert state.remove_work(work)
+    assert not work.exists()
+
+    (tmp_path / "link").symlink_to(linked)
+    assert not state.remove_work(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert files(linked) == {}
+    awq(checkpoint, options(), make_samples(checkpoint), linked)
+    (linked / "photo.jpg").write_bytes(b"mine")
+    assert not state.remove_work(linked)
+    assert files(linked) == {"photo.jpg": b"mine"}
+
+
+def test_nothing_is_removed_under_another_process(work: Path) -> None:
+    work.mkdir()
+    (work / "state.json").write_text("{}")
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not state.remove_work(work)
+    assert set(files(work)) == {"lock", "state.json"}
 
 
 def test_one_process_at_a_time(tiny: Callable[..., Checkpoint], make_samples: Any, options: Any, work: Path) -> None:
