@@ -68,8 +68,10 @@ def test_help_imports_no_room(child_environment: dict[str, str]) -> None:
         "torch",
         "onnxruntime",
         "llava_deploy.runtime.llava",
-        "llava_deploy.exporter",
     }
+    asked = "llava_deploy.exporter.quantization.request"  # what the options of export are made of, and that only
+    exporter = {name for name in modules if name.startswith("llava_deploy.exporter.")}
+    assert not {name for name in exporter if not asked.startswith(name)}
 
 
 def test_run_needs_only_the_runtime(
@@ -163,6 +165,22 @@ def test_export_and_build_print_where_they_wrote(invoke: Invoke, demo_checkpoint
     built = invoke("build", bundle, "-q")
     assert built.stderr == ""
     assert (Path(built.stdout.strip()) / "engine.json").is_file()
+
+
+def test_int4_in_two_ways(invoke: Invoke, demo_checkpoint: Path, tmp_path: Path) -> None:
+    calibration = tmp_path / "calibration.jsonl"
+    calibration.write_text('{"text": "The red square is on the left."}\n{"text": "A blue circle."}\n')
+    options = ("--group-size", 64, "--symmetric", "--lm-head", "int8", "--accuracy-level", 1)
+    for precision, more, method in (("int4", (), "rtn"), ("int4-awq", ("--calibration", calibration), "awq")):
+        bundle = tmp_path / precision
+        result = invoke("export", demo_checkpoint, "-o", bundle, "--precision", precision, *options, *more)
+        assert (result.exit_code, result.stdout) == (0, f"{bundle}\n"), result.stderr
+        value = json.loads(invoke("inspect", bundle, "--json").stdout)
+        assert value["model"]["precision"] == precision
+        assert value["quantization"] == {
+            "method": method, "group_size": 64, "symmetric": True, "lm_head": "int8", "weights": 29, "accuracy_level": 1
+        }  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.jsonl", "int4", "int4-awq"]
 
 
 def test_eval_json(invoke: Invoke, demo_bundle: Path) -> None:

@@ -53,6 +53,11 @@ ErrorLine = Callable[[Result], str]
         (["eval", "BUNDLE", "--data", "nowhere.jsonl"], 2, "nowhere.jsonl"),
         (["eval", "BUNDLE", "--data", "nowhere.jsonl", "--seed", "3"], 2, "--seed: of no effect with --data"),
         (["inspect", "BUNDLE", "--lora", "adapter"], 2, "--lora: of no effect on a bundle"),
+        (["export", "CHECKPOINT", "-o", "out", "--accuracy-level", "1"], 2, "--accuracy-level: of no effect with"),
+        (["export", "CHECKPOINT", "-o", "out", "--lm-head", "int8"], 2, "--lm-head: of use with --precision int4"),
+        (["export", "CHECKPOINT", "-o", "out", "--precision", "int4-awq"], 2, "error: --calibration: want"),
+        (["export", "CHECKPOINT", "-o", "out", "--precision", "int4", "--group-size", "48"], 2, "--group-size: want"),
+        (["build", "BUNDLE", "--accuracy-level", "1"], 2, "--accuracy-level: want a bundle of int4 weights"),
         (["completion", "tcsh"], 2, "'bash', 'zsh', 'fish'"),
     ],
 )
