@@ -75,8 +75,8 @@ class Llava:
         Raises:
             BundleError: the bundle is damaged or of another format.
             BackendError: the backend is not installed or cannot load the graphs.
-            OptionError: ``max_len`` is outside what the model allows, ``threads`` is no number of threads, or the
-                backend is not known.
+            OptionError: ``max_len`` is outside what the model allows, ``threads`` is no number of threads, the backend
+                is not known, or an accuracy level that is none, or for a bundle in which nothing is quantised.
         """
         if backend != "onnxruntime":
             raise OptionError("backend", f"want 'onnxruntime', got {backend!r}")
