@@ -18,7 +18,7 @@ from llava_deploy.exporter.sources.tensors import TensorSource
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class BundleTensor:
     """A weight of a decoder graph; a quantised one is what it stands for, float32 ``[out_features, in_features]``."""
 
     name: str
@@ -81,7 +81,7 @@ def with_stored_decoder(checkpoint: Checkpoint, bundle: Path) -> Checkpoint:
             continue
         bits = tensor.dtype.bitwidth
         if bits > 8:  # a float
-            tensors[name] = StoredTensor(name, path, tuple(tensor.shape.numpy()), (tensor,), None)
+            tensors[name] = BundleTensor(name, path, tuple(tensor.shape.numpy()), (tensor,), None)
             continue
         found = {suffix: initializers.get(f"{name}_{suffix}") for suffix in ("scale", "zero_point", "permutation")}
         parts = {suffix: part.const_value for suffix, part in found.items() if part is not None}
@@ -93,7 +93,7 @@ def with_stored_decoder(checkpoint: Checkpoint, bundle: Path) -> Checkpoint:
             symmetric="zero_point" not in held,
             permuted="permutation" in held,
         )
-        tensors[name] = StoredTensor(name, path, (columns, rows), (tensor, *held.values()), form)
+        tensors[name] = BundleTensor(name, path, (columns, rows), (tensor, *held.values()), form)
     tied = checkpoint.config.decoder.tie_word_embeddings and LM_HEAD not in tensors
     config = replace(checkpoint.config, decoder=replace(checkpoint.config.decoder, tie_word_embeddings=tied))
     return replace(checkpoint, config=config, tensors=MappingProxyType(tensors))
