@@ -83,28 +83,6 @@ class QuantizedWeight:
         return self.in_features // int(self.scales.shape[0])
 
 
-def from_codes(
-    codes: np.ndarray,
-    scales: np.ndarray,
-    zero_points: np.ndarray | None,
-    group_size: int,
-    permutation: np.ndarray | None,
-) -> QuantizedWeight:
-    """A 4-bit weight from unpacked parts.
-
-    Args:
-        codes: uint8 ``[in_features, out_features]``, each 0 to 15.
-        scales: float16 or float32 ``[in_features / group_size, out_features]``.
-        zero_points: uint8 like ``scales``, each 0 to 15; ``None``: all 8, stored as symmetric values.
-        group_size: input features that share a scale.
-        permutation: as in :class:`QuantizedWeight`.
-    """
-    form = WeightFormat(4, group_size, zero_points is None, permutation is not None)
-    if zero_points is None:
-        return QuantizedWeight(form, pack_nibbles(codes ^ 8), scales, None, permutation)
-    return QuantizedWeight(form, pack_nibbles(codes), scales, pack_nibbles(zero_points), permutation)
-
-
 def pack_nibbles(codes: np.ndarray) -> np.ndarray:
     """``[rows, columns]`` of 0 to 15 to ``[rows, columns / 2]``, the even column in the low half of each byte."""
     packed: np.ndarray = codes[:, 0::2] | (codes[:, 1::2] << 4)

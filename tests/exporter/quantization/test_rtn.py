@@ -13,7 +13,6 @@ from llava_deploy.exporter.quantization.rtn import quantize
 from llava_deploy.exporter.quantization.weight import (
     QuantizedWeight,
     WeightFormat,
-    from_codes,
     pack_nibbles,
     unpack_nibbles,
 )
@@ -115,7 +114,9 @@ def test_parts_stand_for_their_product(seed: int, asymmetric: bool, permuted: bo
     scales = rng.random((2, 6)).astype(np.float16)
     zeros = rng.integers(0, 16, (2, 6), np.uint8) if asymmetric else None
     order = rng.permutation(64) if permuted else None
-    weight: QuantizedWeight = from_codes(codes, scales, zeros, 32, order)
+    form = WeightFormat(4, 32, not asymmetric, permuted)
+    stored = pack_nibbles(codes if asymmetric else (codes - 8) & 15)  # two's complement
+    weight = QuantizedWeight(form, stored, scales, None if zeros is None else pack_nibbles(zeros), order)
     want = np.empty((6, 64), np.float32)
     for row in range(64):
         for column in range(6):
