@@ -80,7 +80,7 @@ def test_one_tensor_at_a_time(
     least: int,
     most: int,
 ) -> None:
-    """In sizes of the largest tensor in float32: the decoder's file has ``least`` or more, the memory below ``most``."""
+    """In sizes of the largest tensor in float32: its file has ``least`` or more, the memory below ``most``."""
     large = make_llava("large", dtype=torch.float16, text=TEXT).directory
     deepened(large, edit_json)
     arguments = [precision, str(make_llava("small", text=SMALL).directory), str(large), str(tmp_path)]

@@ -67,9 +67,9 @@ def awq(
 
     Memory holds one decoder layer in float32, the second moments of its linear layers' inputs, and the samples' hidden
     states. While a layer is searched there is its original beside it, and some copies of its largest part: at the peak
-    five times its float32 bytes or so (51 MB made 236). What is done stays in ``work``, from which the result reads its tensors: it must stay until they are
-    exported. A run that was stopped goes on with the layer that it had reached, and ends in the same bytes; so do two
-    runs on the same machine with the same number of threads.
+    five times its float32 bytes or so (51 MB made 236). What is done stays in ``work``, from which the result reads its
+    tensors: it must stay until they are exported. A run that was stopped goes on with the layer that it had reached,
+    and ends in the same bytes; so do two runs on the same machine with the same number of threads.
 
     Args:
         checkpoint: of floats.
