@@ -17,7 +17,10 @@ HeadPrecision = Literal["fp16", "int8", "int4"]
 """Of the output layer of a quantised decoder."""
 
 AccuracyLevel = Literal[0, 1, 2, 3, 4]
-"""What ONNX Runtime's ``MatMulNBits`` multiplies in: 0 and 1 float32, 2 float16, 3 bfloat16, 4 int8."""
+"""What ONNX Runtime's ``MatMulNBits`` may multiply in: 0 and 1 float32, 2 float16, 3 bfloat16, 4 int8.
+
+Where the processor has no kernel for a level it takes float32: on x86 levels 2 and 3 give the values of 1.
+"""
 
 DEFAULT_ACCURACY_LEVEL: AccuracyLevel = 4
 """Where nobody says otherwise."""

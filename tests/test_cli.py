@@ -55,7 +55,7 @@ def test_no_command_shows_help(invoke: Invoke) -> None:
     assert "Commands:" in invoke().output
 
 
-def test_help_imports_no_room(child_environment: dict[str, str]) -> None:
+def test_help_imports_nothing_heavy(child_environment: dict[str, str]) -> None:
     code = "import sys; from llava_deploy.cli import main; main(['--help'], standalone_mode=False); print(*sys.modules)"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=child_environment
