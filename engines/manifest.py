@@ -27,6 +27,7 @@ DECODER_GRAPH = "decoder.onnx"
 EMBEDDING_TABLE = "embed_tokens.npy"
 TOKENIZER = "tokenizer.json"
 _CHUNK = 1 << 20
+_MOST = 2**31 - 1
 _LAST_FILTER = 5  # of Pillow's
 _LONGEST_SIDE = 1 << 16  # pixels
 
@@ -127,6 +128,11 @@ class QuantizationRecipe:
     weights: int
     accuracy_level: AccuracyLevel
 
+    def __post_init__(self) -> None:
+        for name, value in (("group_size", self.group_size), ("weights", self.weights)):
+            if value is not None and not 1 <= value <= _MOST:
+                raise ContractError(f"quantization recipe: want {name} of 1 to {_MOST}, found {value}")
+
 
 @dataclass(frozen=True)
 class ModelCard:
@@ -164,6 +170,12 @@ class Manifest:
     quantization: QuantizationRecipe | None
     tools: dict[str, str]
     files: tuple[FileEntry, ...]
+
+    def __post_init__(self) -> None:
+        precision = self.model.precision
+        if (self.quantization is not None) != precision.startswith("int4"):
+            found = "none" if self.quantization is None else "one"
+            raise ContractError(f"precision {precision} and {found} of the recipes of quantization: they do not fit")
 
     def to_json(self) -> str:
         """Text of ``manifest.json``: keys in the order of the classes, so equal manifests are equal bytes."""
@@ -252,16 +264,25 @@ def from_plain(want: Any, value: Any, where: str) -> Any:
     elif origin is dict and isinstance(value, dict):
         return {from_plain(args[0], k, where): from_plain(args[1], v, f"{where}[{k!r}]") for k, v in value.items()}
     elif origin in (typing.Union, types.UnionType):
-        for option in args:
-            with contextlib.suppress(TypeError):
-                return from_plain(option, value, where)
-    elif origin is Literal and value in args:
+        return _one_of(want, value, where)
+    elif origin is Literal and any(type(value) is type(option) and value == option for option in args):  # True is no 1
         return value
     elif want is float and type(value) in (int, float):
         if math.isfinite(number := float(value)):
             return number
     elif type(value) is want:
         return value
+    raise TypeError(f"{where}: want {want}, found {value!r:.80}")
+
+
+def _one_of(want: Any, value: Any, where: str) -> Any:
+    options = typing.get_args(want)
+    if isinstance(value, dict) and any(map(dataclasses.is_dataclass, options)):
+        # With one class among the options, its own error says which of the fields is wrong.
+        return from_plain(next(filter(dataclasses.is_dataclass, options)), value, where)
+    for option in options:
+        with contextlib.suppress(TypeError):
+            return from_plain(option, value, where)
     raise TypeError(f"{where}: want {want}, found {value!r:.80}")
 
 

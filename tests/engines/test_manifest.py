@@ -29,7 +29,7 @@ from llava_deploy.engines.manifest import (
 
 MANIFEST = Manifest(
     format_version=FORMAT_VERSION,
-    model=ModelCard("tiny", "llava-hf", "clip", "mlp2x_gelu", "llama", "fp32", 1234),
+    model=ModelCard("tiny", "llava-hf", "clip", "mlp2x_gelu", "llama", "int4-awq", 1234),
     vision=VisionShape("float32", 28, 28, 4, 8),
     decoder=DecoderShape("float32", 8, 2, 1, 4, 11, 32),
     image=ImageRecipe(
@@ -175,48 +175,52 @@ size, side, level = st.integers(1, 2**31 - 1), st.integers(1, 2**16), st.integer
 dtype = st.sampled_from(["float32", "float16"])
 fraction = st.floats(allow_nan=False, allow_infinity=False)
 rgb = st.none() | st.tuples(fraction, fraction, fraction)
-manifests = st.builds(
-    Manifest,
-    format_version=st.just(FORMAT_VERSION),
-    model=st.builds(ModelCard, text, text, text, text, text, st.sampled_from(["fp32", "fp16"]), whole),
-    vision=st.builds(VisionShape, dtype, size, size, size, size),
-    decoder=st.builds(DecoderShape, dtype, *[size] * 6),
-    image=st.builds(
-        ImageRecipe,
-        pad_to_square=st.booleans(),
-        pad_color=st.tuples(level, level, level),
-        resize=st.none() | st.tuples(st.just("shortest_edge"), side) | st.tuples(st.just("exact"), side, side),
-        resample=st.integers(0, 5),
-        crop=st.none() | st.tuples(side, side),
-        rescale_factor=st.none() | fraction,
-        mean=rgb,
-        std=rgb.filter(lambda value: value is None or 0 not in value),
-    ),
-    chat=st.builds(
-        ChatRecipe,
-        template=st.none() | text,
-        conversation=st.sampled_from(["vicuna_v1", "llama_2", "mistral", "plain"]),
-        placeholder=text,
-        tokenization=st.sampled_from(["split", "added_token"]),
-        image_token_id=st.none() | whole,
-        bos_token_id=st.none() | whole,
-        bos_token=st.none() | text,
-        eos_token=st.none() | text,
-        stop_token_ids=st.lists(whole, max_size=3).map(tuple),
-        stop_strings=st.lists(text, max_size=3).map(tuple),
-    ),
-    splice=st.builds(SpliceRecipe, st.none() | whole),
-    quantization=st.none() | st.from_type(QuantizationRecipe),
-    tools=st.dictionaries(text, text, max_size=3),
-    files=st.lists(
-        st.builds(FileEntry, st.from_regex(r"[a-z]{1,6}(/[a-z]{1,6})?", fullmatch=True), whole, text),
-        max_size=3,
-        unique_by=lambda entry: entry.path,
-    ).map(tuple),
-)
+recipes = st.builds(QuantizationRecipe, group_size=st.none() | size, weights=size)
+
+
+def manifests(precisions: list[str], recipes: st.SearchStrategy[Any]) -> st.SearchStrategy[Manifest]:
+    return st.builds(
+        Manifest,
+        format_version=st.just(FORMAT_VERSION),
+        model=st.builds(ModelCard, text, text, text, text, text, st.sampled_from(precisions), whole),
+        vision=st.builds(VisionShape, dtype, size, size, size, size),
+        decoder=st.builds(DecoderShape, dtype, *[size] * 6),
+        image=st.builds(
+            ImageRecipe,
+            pad_to_square=st.booleans(),
+            pad_color=st.tuples(level, level, level),
+            resize=st.none() | st.tuples(st.just("shortest_edge"), side) | st.tuples(st.just("exact"), side, side),
+            resample=st.integers(0, 5),
+            crop=st.none() | st.tuples(side, side),
+            rescale_factor=st.none() | fraction,
+            mean=rgb,
+            std=rgb.filter(lambda value: value is None or 0 not in value),
+        ),
+        chat=st.builds(
+            ChatRecipe,
+            template=st.none() | text,
+            conversation=st.sampled_from(["vicuna_v1", "llama_2", "mistral", "plain"]),
+            placeholder=text,
+            tokenization=st.sampled_from(["split", "added_token"]),
+            image_token_id=st.none() | whole,
+            bos_token_id=st.none() | whole,
+            bos_token=st.none() | text,
+            eos_token=st.none() | text,
+            stop_token_ids=st.lists(whole, max_size=3).map(tuple),
+            stop_strings=st.lists(text, max_size=3).map(tuple),
+        ),
+        splice=st.builds(SpliceRecipe, st.none() | whole),
+        quantization=recipes,
+        tools=st.dictionaries(text, text, max_size=3),
+        files=st.lists(
+            st.builds(FileEntry, st.from_regex(r"[a-z]{1,6}(/[a-z]{1,6})?", fullmatch=True), whole, text),
+            max_size=3,
+            unique_by=lambda entry: entry.path,
+        ).map(tuple),
+    )
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(manifest=manifests)
+@given(manifest=manifests(["fp32", "fp16"], st.none()) | manifests(["int4", "int4-awq"], recipes))
 def test_every_manifest_comes_back_as_it_was(tmp_path: Path, manifest: Manifest) -> None:
     assert read_manifest(write(tmp_path, manifest.to_json())) == manifest

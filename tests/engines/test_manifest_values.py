@@ -77,3 +77,43 @@ def test_a_manifest_with_them_is_refused(demo_bundle: Path, tmp_path: Path, plac
     (tmp_path / MANIFEST_NAME).write_text(json.dumps(data))
     with pytest.raises(BundleError, match=f"{MANIFEST_NAME}: .*export the bundle again"):
         read_manifest(tmp_path)
+
+
+INT4: dict[str, Any] = {
+    "method": "rtn", "group_size": 32, "symmetric": False, "lm_head": "fp16", "weights": 14, "accuracy_level": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"accuracy_level": True}, r"quantization\.accuracy_level: want .*, found True"),
+        ({"accuracy_level": 4.0}, r"quantization\.accuracy_level: want .*, found 4\.0"),
+        ({"method": "x"}, r"quantization\.method: want .*, found 'x'"),
+        ({"more": 1}, r"manifest\.quantization: missing \[\], unknown \['more'\]"),
+        ({"group_size": 0}, "want group_size of 1 to"),
+        ({"weights": -1}, "want weights of 1 to"),
+        ({"weights": 10**30}, "want weights of 1 to"),
+    ],
+)
+def test_a_recipe_of_quantization(demo_bundle: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    data = json.loads((demo_bundle / MANIFEST_NAME).read_text())
+    data["model"]["precision"] = "int4"
+    data["quantization"] = INT4
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(data))
+    read_manifest(tmp_path)
+    data["quantization"] = INT4 | change
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=said):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(("precision", "recipe"), [("fp32", INT4), ("fp16", INT4), ("int4", None), ("int4-awq", None)])
+def test_a_recipe_of_quantization_that_does_not_fit(
+    demo_bundle: Path, tmp_path: Path, precision: str, recipe: dict[str, Any] | None
+) -> None:
+    data = json.loads((demo_bundle / MANIFEST_NAME).read_text())
+    data["model"]["precision"], data["quantization"] = precision, recipe
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=f"precision {precision} and (none|one) of the recipes"):
+        read_manifest(tmp_path)
