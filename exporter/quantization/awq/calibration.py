@@ -90,8 +90,8 @@ def read_calibration(path: Path, checkpoint: Checkpoint) -> tuple[CalibrationSam
             used, has more pictures than places for them, or comes to nothing; the message has the line's number.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: cannot be read as UTF-8 text ({error}); want a file of JSON lines, or the word {DEMO!r}"
         ) from error
@@ -114,7 +114,7 @@ def read_calibration(path: Path, checkpoint: Checkpoint) -> tuple[CalibrationSam
 def _sample(line: str, directory: Path, where: str, maker: _Maker) -> CalibrationSample:
     try:
         data = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error}); {_LINE}") from error
     if isinstance(data, dict) and set(data) == {"text"} and isinstance(data["text"], str) and data["text"].strip():
         return maker.prompt(data["text"], (), where)
@@ -141,7 +141,11 @@ def _with_path(part: Any, directory: Path) -> Any:
     if source[:5].lower() == "data:" or "://" in source:
         return part
     picture = directory / source
-    if not picture.is_file():
+    try:
+        found = picture.is_file()
+    except OSError as error:
+        raise PromptError(f"want a picture at {picture!s:.200}, found {error.strerror}; correct the path") from error
+    if not found:
         raise PromptError(f"want a picture at {picture}, found none; relative paths start from {directory}")
     return {**part, "image": str(picture)}
 

@@ -107,6 +107,8 @@ def user(*parts: Any) -> dict[str, Any]:
     [
         ("{not json", r"not JSON \(.*\); want {\"messages\""),
         ("[" * 100_000, r"not JSON \(.*recursion"),
+        ('{"text": ' + "1" * 5000 + "}", r"not JSON \(.*4300 digits"),
+        ({"messages": [{"role": "user", "content": [{**PICTURE, "image": "x" * 300}]}]}, "found File name too long"),
         ('"text"', 'want {"messages": .*, found "text"'),
         ({"messages": []}, "want one message at least, found none"),
         ({"text": ""}, "want {"),
@@ -161,3 +163,7 @@ def test_the_built_in_set(demo: Checkpoint) -> None:
     assert f"USER: {example.question} ASSISTANT: {example.answer}" in text_of(found[0], demo)
     assert {len(sample.pixels) for sample in found} == {1}
     assert len({sample.pixels.tobytes() for sample in found}) == 64
+
+
+def test_a_byte_order_mark(calibrate: Any) -> None:
+    assert len(calibrate('\ufeff{"text": "a"}')) == 1
