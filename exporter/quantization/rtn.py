@@ -12,6 +12,7 @@ import torch
 
 from llava_deploy.engines.errors import CheckpointError, InputError
 from llava_deploy.engines.names import QuantizationMethod
+from llava_deploy.exporter.quantization.request import GROUP_SIZES
 from llava_deploy.exporter.quantization.weight import QuantizedSource, QuantizedWeight, WeightFormat
 from llava_deploy.exporter.sources.tensors import TensorSource
 
@@ -99,10 +100,17 @@ def require_form(shape: tuple[int, ...], form: WeightFormat, origin: str) -> Non
     if form.group_size is not None and in_features % form.group_size:
         raise InputError(
             f"{origin}: its {in_features} input features cannot be cut into groups of {form.group_size}; "
-            "choose a smaller group size that divides them"
+            f"{_advice(in_features)}"
         )
     if form.bits == 4 and out_features % 2:
         raise InputError(f"{origin}: has {out_features} outputs, 4 bits want an even number; keep it in 8 bits or fp16")
+
+
+def _advice(in_features: int) -> str:
+    fitting = [str(size) for size in GROUP_SIZES if in_features % size == 0]
+    if fitting:
+        return f"take groups of {' or '.join(fitting)}"
+    return f"none of {', '.join(map(str, GROUP_SIZES))} divides them: export it with --precision fp16"
 
 
 def _chunks(weight: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:

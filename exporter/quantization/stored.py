@@ -10,6 +10,7 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
+from llava_deploy.engines.errors import InputError
 from llava_deploy.engines.manifest import DECODER_GRAPH
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.config import LM_HEAD
@@ -71,7 +72,11 @@ def _bytes(tensor: ir.TensorProtocol) -> np.ndarray:
 
 
 def with_stored_decoder(checkpoint: Checkpoint, bundle: Path) -> Checkpoint:
-    """The checkpoint with the decoder weights of ``bundle``, which was made from it; nothing is read but the graph."""
+    """The checkpoint with the decoder weights of ``bundle``, which was made from it; nothing is read but the graph.
+
+    Raises:
+        InputError: a weight has another shape than the checkpoint's.
+    """
     path = bundle / DECODER_GRAPH
     initializers = ir.load(path).graph.initializers
     tensors: dict[str, TensorSource] = dict(checkpoint.tensors)
@@ -82,6 +87,7 @@ def with_stored_decoder(checkpoint: Checkpoint, bundle: Path) -> Checkpoint:
         bits = tensor.dtype.bitwidth
         if bits > 8:  # a float
             tensors[name] = BundleTensor(name, path, tuple(tensor.shape.numpy()), (tensor,), None)
+            _require_shape_of(checkpoint, name, tensors[name].shape, bundle)
             continue
         found = {suffix: initializers.get(f"{name}_{suffix}") for suffix in ("scale", "zero_point", "permutation")}
         parts = {suffix: part.const_value for suffix, part in found.items() if part is not None}
@@ -94,6 +100,16 @@ def with_stored_decoder(checkpoint: Checkpoint, bundle: Path) -> Checkpoint:
             permuted="permutation" in held,
         )
         tensors[name] = BundleTensor(name, path, (columns, rows), (tensor, *held.values()), form)
+        _require_shape_of(checkpoint, name, tensors[name].shape, bundle)
     tied = checkpoint.config.decoder.tie_word_embeddings and LM_HEAD not in tensors
     config = replace(checkpoint.config, decoder=replace(checkpoint.config.decoder, tie_word_embeddings=tied))
     return replace(checkpoint, config=config, tensors=MappingProxyType(tensors))
+
+
+def _require_shape_of(checkpoint: Checkpoint, name: str, found: tuple[int, ...], bundle: Path) -> None:
+    source = checkpoint.tensors.get(name)  # none: the output layer of its own that tied embeddings became
+    if source is not None and source.shape != found:
+        raise InputError(
+            f"{bundle}: made from another model than {checkpoint.directory}, whose {name!r} has shape "
+            f"{list(source.shape)}, the bundle's {list(found)}; give the checkpoint that it was exported from"
+        )

@@ -124,12 +124,18 @@ def test_activations_in_8_bits_or_not(demo_checkpoint: Path, tmp_path: Path) -> 
 
     engine = build_onnxruntime(bundle, accuracy_level=4)
     assert read_engine_manifest(engine).key.accuracy_level == 4
-    for level, want, files in ((None, rough, "engine"), (4, rough, "engine"), (1, exact, "built for accuracy level 4")):
+    # The engine attends with another operator: what float16 rounds there, 8 bits round up to a step of theirs.
+    for level, want, near, files in (
+        (None, rough, 1e-2, "engine"),
+        (4, rough, 1e-2, "engine"),
+        (1, exact, 0, "built for accuracy level 4"),
+    ):
         found, backend = logits(level)
-        np.testing.assert_allclose(found, want, atol=1e-5)
+        assert np.abs(found - want).max() <= near * np.abs(want).max()
         assert files in backend
+        assert np.abs(found - exact).max() > 1e-3 * np.abs(exact).max() or level == 1
     assert read_engine_manifest(build_onnxruntime(bundle)).key.accuracy_level == 1
-    assert not np.array_equal(logits(None)[0], rough)
+    assert np.abs(logits(None)[0] - exact).max() < 1e-3 * np.abs(exact).max()
 
 
 def test_no_accuracy_level_without_quantised_weights(demo_bundle: Path) -> None:
@@ -205,3 +211,21 @@ def test_a_scale_that_float16_cannot_hold(make_llava: Any, tmp_path: Path, monke
 
 def test_formats_are_the_classes_own() -> None:
     assert QuantizeOptions(64, True, "int8").head_format == WeightFormat(8, None, symmetric=True, permuted=False)
+
+
+def test_verify_with_another_models_checkpoint(make_llava: Any, tmp_path: Path) -> None:
+    export(round_to_nearest(opened(make_llava), VARIETIES[0][0]), tmp_path / "b", "int4")
+    other = open_checkpoint(make_llava("other", text={**TEXT, "intermediate_size": 128}).directory)
+    picture = np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(InputError, match=r"made from another model .*gate_proj\.weight' has shape \[128, 64\]"):
+        verify(other, tmp_path / "b", prompt="<s>a <image> b", picture=picture, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("size", "group", "said"),
+    [(96, 64, "groups of 64; take groups of 32$"), (80, 32, "none of 32, 64, 128 divides them: export it .* fp16$")],
+)
+def test_advice_on_groups(make_llava: Any, size: int, group: int, said: str) -> None:
+    checkpoint = opened(make_llava, intermediate_size=size)
+    with pytest.raises(InputError, match=f"down_proj.weight': its {size} input features cannot be cut into .*{said}"):
+        round_to_nearest(checkpoint, QuantizeOptions(group, symmetric=False, lm_head="fp16"))
