@@ -19,6 +19,8 @@ from llava_deploy.engines.names import AccuracyLevel
 ENGINES = "engines"
 ENGINE_MANIFEST = "engine.json"
 ENGINE_FORMAT_VERSION = 1
+LOWERING_VERSION = 2
+"""Goes up when a builder makes other graphs of the same bundle, so that older engines are built again."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class EngineKey:
         backend: the toolchain.
         version: its version, in full.
         device: what its files are tuned for: ``cpu`` here.
-        source: :func:`source_digest` of the bundle's graphs.
+        source: :func:`source_digest` of the bundle's graphs and the way that they are lowered.
         accuracy_level: what ``MatMulNBits`` multiplies in; ``None`` where no weight is quantised.
     """
 
@@ -59,9 +61,9 @@ class EngineManifest:
 
 
 def source_digest(manifest: Manifest) -> str:
-    """Hex sha256 over the manifest's entries for everything that an engine is built from."""
+    """Hex sha256 over :data:`LOWERING_VERSION` and the manifest's entries for everything an engine is built from."""
     entries = sorted((f.path, f.size, f.sha256) for f in manifest.files if ".onnx" in f.path or f.path.endswith(".npy"))
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([LOWERING_VERSION, entries]).encode()).hexdigest()
 
 
 def resolved_accuracy_level(manifest: Manifest, wanted: AccuracyLevel | None) -> AccuracyLevel | None:

@@ -1,8 +1,9 @@
-"""Bundle to ONNX Runtime engine: the canonical graphs after ONNX Runtime's own optimiser, saved once.
+"""Bundle to ONNX Runtime engine: the canonical graphs, the decoder's attention lowered, after the backend's optimiser.
 
-What it does at every load otherwise: constants folded (the transposed weights), activations fused, casts put in where
-the CPU has no kernel for a type. The result belongs to one version of ONNX Runtime. Level 'extended', not 'all': the
-latter's layouts are for the processor that it ran on.
+The lowering is what no load does: attention to the cache where it lies, without a copy. The optimiser does once what it
+does at every load otherwise: constants folded (the transposed weights), activations fused, casts put in where the CPU
+has no kernel for a type. The result belongs to one version of ONNX Runtime. Level 'extended', not 'all': the latter's
+layouts are for the processor that it ran on.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def build_onnxruntime(bundle: Path, *, accuracy_level: AccuracyLevel | None = No
     Raises:
         BundleError: the bundle is damaged.
         OptionError: an accuracy level for a bundle in which nothing is quantised.
-        BackendError: ONNX Runtime is missing or refuses a graph.
+        BackendError: ONNX Runtime or onnx-ir is missing, or ONNX Runtime refuses a graph.
         LlavaDeployError: the bundle's directory cannot be written to, or its disk is full.
     """
     manifest = read_manifest(bundle)
@@ -58,19 +59,20 @@ def build_onnxruntime(bundle: Path, *, accuracy_level: AccuracyLevel | None = No
     if not replace and _is_current(output, key):
         return output
     _require_space(bundle, manifest)
+    decoder = _lowered_decoder(bundle)
     try:
         with staged_directory(output, replace=True) as staging:
-            _build(bundle, key, staging)
+            _build(bundle, decoder, key, staging)
     except OSError as error:
         raise write_error(output, error) from error
     return output
 
 
-def _build(bundle: Path, key: EngineKey, staging: Path) -> None:
+def _build(bundle: Path, decoder: bytes, key: EngineKey, staging: Path) -> None:
     import onnxruntime
 
     paths = []
-    for name in (VISION_GRAPH, DECODER_GRAPH):
+    for name, graph in ((VISION_GRAPH, str(bundle / VISION_GRAPH)), (DECODER_GRAPH, decoder)):
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 4  # its errors come as exceptions
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -79,10 +81,11 @@ def _build(bundle: Path, key: EngineKey, staging: Path) -> None:
         prefix = "session.optimized_model_external_initializers"
         settings.add_session_config_entry(f"{prefix}_file_name", external)
         settings.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_EXTERNAL_FROM))
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
         if key.accuracy_level is not None:
             settings.add_session_config_entry(ACCURACY_LEVEL_ENTRY, str(key.accuracy_level))
         try:
-            onnxruntime.InferenceSession(str(bundle / name), settings, providers=["CPUExecutionProvider"])
+            onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
         except Exception as error:
             cause = " ".join(str(error).split())
             raise BackendError(
@@ -92,6 +95,19 @@ def _build(bundle: Path, key: EngineKey, staging: Path) -> None:
     files = tuple(describe_file(staging, path) for path in paths)
     text = EngineManifest(ENGINE_FORMAT_VERSION, key, files).to_json()
     (staging / ENGINE_MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _lowered_decoder(bundle: Path) -> bytes:
+    """The lowered graph, which takes its weights from the bundle's own files."""
+    try:
+        from llava_deploy.engines.lowering.files import lower_in_memory
+        from llava_deploy.engines.lowering.group_query_attention import LowerGroupQueryAttention
+    except ImportError as error:
+        raise BackendError(
+            f"building an engine needs onnx-ir, which cannot be imported ({error}); "
+            "install it with: pip install 'llava-deploy[build]'"
+        ) from error
+    return lower_in_memory(bundle / DECODER_GRAPH, [LowerGroupQueryAttention()])
 
 
 def _require_space(bundle: Path, manifest: Manifest) -> None:

@@ -29,19 +29,40 @@ def lower_file(source: Path, directory: Path, passes: Sequence[ir.passes.InPlace
         The new ONNX file.
 
     Raises:
-        BundleError: a pass meets what it does not cover.
+        BundleError: the file is no model, or a pass meets what it does not cover.
         OSError: the directory cannot be written to, its disk is full, or the files are there already.
     """
-    model = ir.load(source)
+    model = _lowered(source, passes)
+    path = directory / source.name
+    _write_external_data(model, path.with_name(f"{path.name}.data"))
+    ir.save(model, path)
+    return path
+
+
+def lower_in_memory(source: Path, passes: Sequence[ir.passes.InPlacePass]) -> bytes:
+    """Run ``passes`` over the model ``source`` and give the result as ONNX's bytes, weights not in them.
+
+    External data is where it was, named relative to the directory of ``source``. For passes that compute no weight:
+    one that does would have it in memory, and in the result.
+
+    Raises:
+        BundleError: the file is no model, or a pass meets what it does not cover.
+    """
+    return ir.to_proto(_lowered(source, passes)).SerializeToString()
+
+
+def _lowered(source: Path, passes: Sequence[ir.passes.InPlacePass]) -> ir.Model:
+    try:
+        model = ir.load(source)
+    except Exception as error:
+        cause = " ".join(str(error).split())
+        raise BundleError(f"{source}: cannot be read as ONNX ({cause}); export the bundle again") from error
     try:
         for each in passes:
             each(model)
     except ir.passes.InvariantError as error:
         raise BundleError(f"{source}: {error}; export the bundle again with this version") from error
-    path = directory / source.name
-    _write_external_data(model, path.with_name(f"{path.name}.data"))
-    ir.save(model, path)
-    return path
+    return model
 
 
 def _write_external_data(model: ir.Model, path: Path) -> None:

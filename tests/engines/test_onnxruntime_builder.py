@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from llava_deploy.engines import onnxruntime_builder
+from llava_deploy.engines import engine_manifest, onnxruntime_builder
 from llava_deploy.engines.contract import GraphSpec
 from llava_deploy.engines.engine_manifest import (
     ENGINE_MANIFEST,
@@ -30,11 +31,14 @@ from llava_deploy.engines.manifest import (
     read_manifest,
 )
 from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
+from llava_deploy.exporter.demo.scenes import Split, examples
+from llava_deploy.runtime import Llava
 from llava_deploy.runtime.bundle import open_bundle
 from llava_deploy.runtime.engine_choice import Choice, choose_onnxruntime
 
 VERSION = onnxruntime.__version__
 NAME = f"onnxruntime-{VERSION}-cpu"
+QUESTIONS = 16
 
 
 @pytest.fixture
@@ -61,11 +65,23 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 def run(model: Path, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All outputs; a decoder's caches are written in place, as the runtime has it."""
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    arrays = {name: array.copy() for name, array in feed.items()}  # an OrtValue does not own an array's memory
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, feed), strict=True))
+    for name in names:
+        if name.startswith("present."):
+            binding.bind_ortvalue_output(name, values[name.replace("present.", "past.")])
+        else:
+            binding.bind_output(name)
+    session.run_with_iobinding(binding)
+    return {name: value.numpy().copy() for name, value in zip(names, binding.get_outputs(), strict=True)}
 
 
 def random_feed(spec: GraphSpec, sizes: dict[str, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -101,6 +117,22 @@ def test_same_numbers_as_the_canonical_graph(built: Path, graph: str, seed: int)
         assert after[name].dtype == want.dtype
         scale = float(np.abs(want).max())
         np.testing.assert_allclose(after[name], want, rtol=0, atol=1e-5 * max(1.0, scale), err_msg=name)
+
+
+def test_the_engine_answers_as_the_canonical_graphs_do(built: Path, bundle: Path) -> None:
+    def answers(directory: Path, size: int) -> list[list[int]]:
+        llava = Llava.load(directory, threads=1)
+        drawn = [*islice(examples(Split.HELD_OUT, 3), QUESTIONS)]
+        found = []
+        for at in range(0, QUESTIONS, size):
+            some = drawn[at : at + size]
+            prompts = [f"USER: <image>\n{example.question} ASSISTANT:" for example in some]
+            given = llava.generate(prompts, images=[[example.picture] for example in some], max_new_tokens=24)
+            found += [list(answer.token_ids) for answer in given]
+        return found
+
+    for size in (1, 4):
+        assert answers(built, size) == answers(bundle, size)
 
 
 def test_the_runtime_takes_the_engine_and_says_so(built: Path) -> None:
@@ -220,23 +252,53 @@ def test_a_damaged_bundle_is_not_built(bundle: Path) -> None:
     assert not (bundle / ENGINES).exists()
 
 
-def test_a_graph_that_onnx_runtime_refuses_leaves_nothing(bundle: Path) -> None:
+@pytest.mark.parametrize(
+    ("graph", "error", "message"),
+    [
+        (VISION_GRAPH, BackendError, rf"vision\.onnx: ONNX Runtime {VERSION} cannot build it: "),
+        (DECODER_GRAPH, BundleError, r"decoder\.onnx: cannot be read as ONNX \(.*\); export the bundle again"),
+    ],
+)
+def test_a_broken_graph_leaves_nothing(bundle: Path, graph: str, error: type[Exception], message: str) -> None:
     broken = b"not a graph"
-    (bundle / DECODER_GRAPH).write_bytes(broken)
+    (bundle / graph).write_bytes(broken)
     path = bundle / MANIFEST_NAME
     manifest = json.loads(path.read_text())
-    (entry,) = (file for file in manifest["files"] if file["path"] == DECODER_GRAPH)
+    (entry,) = (file for file in manifest["files"] if file["path"] == graph)
     entry.update(size=len(broken), sha256=hashlib.sha256(broken).hexdigest())
     path.write_text(json.dumps(manifest))
-    with pytest.raises(BackendError, match=rf"decoder\.onnx: ONNX Runtime {VERSION} cannot build it: "):
+    with pytest.raises(error, match=message):
         build_onnxruntime(bundle)
-    assert list((bundle / ENGINES).iterdir()) == []
+    assert not (bundle / ENGINES).exists() or list((bundle / ENGINES).iterdir()) == []
 
 
 def test_without_onnx_runtime(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BackendError, match=r"install it with: pip install 'llava-deploy\[cpu\]'"):
         onnxruntime_builder.build_onnxruntime(bundle)
+
+
+def test_without_what_lowers(bundle: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("llava_deploy.engines.lowering")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    with pytest.raises(BackendError, match=r"needs onnx-ir, .* install it with: pip install 'llava-deploy\[build\]'"):
+        build_onnxruntime(bundle)
+    assert not (bundle / ENGINES).exists()
+    assert build_onnxruntime(built) == built / ENGINES / NAME
+
+
+def test_an_engine_of_another_lowering_is_not_used_and_is_rebuilt(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(engine_manifest, "LOWERING_VERSION", engine_manifest.LOWERING_VERSION - 1)
+        build_onnxruntime(bundle)
+    before = inode(bundle)
+    assert choice(bundle).decoder == bundle / DECODER_GRAPH
+    build_onnxruntime(bundle)
+    assert inode(bundle) != before
+    assert choice(bundle).decoder == bundle / ENGINES / NAME / DECODER_GRAPH
 
 
 def test_the_tokenizer_is_no_part_of_what_an_engine_is_built_from(built: Path, tmp_path: Path) -> None:

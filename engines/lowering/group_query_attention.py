@@ -1,0 +1,222 @@
+"""Attention over the cache where it lies: ONNX Runtime's GroupQueryAttention in place of Slice and Attention.
+
+The canonical graph says "write the new keys, look at the first ``total`` slots": TensorScatter into the cache, then
+Slice, which ONNX Runtime carries out as a copy of all that is visible, every token and layer. Its own operator
+``com.microsoft::GroupQueryAttention`` rotates, writes into the buffer that is bound as past and present, and attends
+to it in place. What it sees follows from lengths and not from a mask: with ``total = write_indices + seq``, row ``b``'s
+token ``j`` has position ``write_indices[b] + j`` and sees the slots up to it.
+
+On the CPU that operator refuses several rows with several tokens each behind a past (a long batch's prompts, in
+pieces). So each layer becomes an ``If``: such a step takes the canonical operators, which are moved into its one branch
+as they are, and every other step takes GroupQueryAttention in the other. Both branches write into the bound buffers.
+The branch costs some 10 µs a layer and token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from llava_deploy.engines.lowering.nodes import NodeList
+
+_DOMAIN = "com.microsoft"
+_HEAD_DIM = 16  # and its multiples: what the operator rotates in full
+_HEADS_FIRST = (0, 2, 1, 3)  # [batch, seq, heads, head_dim] to [batch, heads, seq, head_dim], and back
+
+
+class LowerGroupQueryAttention(ir.passes.InPlacePass):
+    """``Attention`` over a sliced cache becomes ``If``: canonical in one branch, ``GroupQueryAttention`` in the other.
+
+    Requires, of the graph: inputs named as :class:`~llava_deploy.engines.contract.DecoderShape` has them. Of whoever
+    runs it, which no graph can show: ``position_ids`` are ``write_indices + j``, the mask is causal up to them, and
+    past and present are bound to the same memory. ``runtime/backend.py`` and ``runtime/onnxruntime_backend.py`` see to
+    it; the canonical graph would take any positions and mask. Between separate buffers, which are copied at every step,
+    a row's slots behind its new keys are not carried over.
+
+    Ensures: results as the canonical graph's but for rounding, under their names; the graph's inputs and outputs, and
+    all other values, are as they were; every layer of the form below is lowered.
+
+    Does not cover, and leaves as it is: another form than reshaped and transposed projections, RotaryEmbedding of all
+    of q and k by tables ``[positions, head_dim / 2]``, TensorScatter, Slice, Attention by mask without attributes; a
+    ``head_dim`` that is no multiple of 16; any of the values in between used by others.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite the graph."""
+        graph = model.graph
+        layers = [layer for node in graph if node.op_type == "Attention" and (layer := _layer(node)) is not None]
+        if layers:
+            graph.opset_imports.setdefault(_DOMAIN, 1)
+            lengths = _lengths(graph)
+            for index, layer in enumerate(layers):
+                _lower(graph, layer, lengths, f"attention.{index}")
+        return ir.passes.PassResult(model, modified=bool(layers))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's attention: the nodes from projections to the output layer's input, in order, and their ends."""
+
+    nodes: tuple[ir.Node, ...]
+    inputs: tuple[ir.Value, ...]
+    """Projections of q, k, v ``[batch, seq, heads * head_dim]``; past key and value."""
+    tables: tuple[ir.Value, ...]
+    """Cosine and sine ``[positions, head_dim / 2]``."""
+    heads: int
+    kv_heads: int
+    results: tuple[ir.Value, ...]
+    """Attended values ``[batch, seq, heads * head_dim]``; present key and value."""
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """What every layer of one step shares."""
+
+    last: ir.Value  # int32 [batch]: each row's last slot that is visible
+    total: ir.Value  # int32 scalar: slots of the longest row
+    refused: ir.Value  # bool scalar: a step that the operator refuses
+
+
+class _OtherFormError(Exception):
+    """The nodes are not of the form that the rule covers."""
+
+
+class _Trail:
+    """Follows values to the nodes that make them, and keeps these."""
+
+    def __init__(self) -> None:
+        self.nodes: set[ir.Node] = set()
+
+    def maker(self, value: ir.Value | None, op_type: str, inputs: int, **attributes: object) -> list[ir.Value]:
+        """Inputs of the node that makes ``value``, which must be of this type, with these attributes and no others."""
+        node = None if value is None else value.producer()
+        if node is None or (node.domain, node.op_type) != ("", op_type) or len(node.inputs) != inputs:
+            raise _OtherFormError
+        found = {name: attribute.value for name, attribute in node.attributes.items()}
+        if found != attributes:
+            raise _OtherFormError
+        self.nodes.add(node)
+        values = [each for each in node.inputs if each is not None]
+        if len(values) != inputs:
+            raise _OtherFormError
+        return values
+
+    def user(self, value: ir.Value, op_type: str) -> ir.Value:
+        """Result of the one node that takes ``value``; its inputs and attributes are held against by :meth:`maker`."""
+        uses = [*value.uses()]
+        if len(uses) != 1 or uses[0].node.op_type != op_type:
+            raise _OtherFormError
+        return uses[0].node.outputs[0]
+
+    def heads(self, value: ir.Value) -> tuple[ir.Value, int, int]:
+        """The projection that ``value`` is the heads of, their number and their size."""
+        (split,) = self.maker(value, "Transpose", 1, perm=_HEADS_FIRST)
+        projection, shape = self.maker(split, "Reshape", 2)
+        sizes = _constant(shape)
+        if len(sizes) != len(_HEADS_FIRST) or sizes[:2] != [0, 0]:
+            raise _OtherFormError
+        return projection, sizes[2], sizes[3]
+
+    def cache(self, value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Cache before and after the write, and what is written."""
+        present, starts, _, axes = self.maker(value, "Slice", 4)
+        past, new, write = self.maker(present, "TensorScatter", 3, axis=-2, mode="linear")
+        if _constant(starts) != [0] or _constant(axes) != [2] or write.name != "write_indices":
+            raise _OtherFormError
+        return past, present, new
+
+
+def _layer(attention: ir.Node) -> _Layer | None:
+    """The layer around an ``Attention``, or ``None`` where the rule does not cover it."""
+    trail = _Trail()
+    try:
+        turned = trail.user(attention.outputs[0], "Transpose")
+        merged = trail.user(turned, "Reshape")
+        trail.maker(merged, "Reshape", 2)
+        trail.maker(turned, "Transpose", 1, perm=_HEADS_FIRST)
+        q, keys, values, mask = trail.maker(attention.outputs[0], "Attention", 4)
+        past_key, present_key, k = trail.cache(keys)
+        past_value, present_value, v = trail.cache(values)
+        q, *q_tables, q_positions = trail.maker(q, "RotaryEmbedding", 4)
+        k, *k_tables, k_positions = trail.maker(k, "RotaryEmbedding", 4)
+        (q, heads, head_dim), (k, kv_heads, _), (v, _, _) = (trail.heads(value) for value in (q, k, v))
+    except _OtherFormError:
+        return None
+    results = (merged, present_key, present_value)
+    if (
+        q_tables != k_tables
+        or (mask.name, q_positions.name, k_positions.name) != ("attention_mask", "position_ids", "position_ids")
+        or head_dim % _HEAD_DIM
+        or not all(table.shape is not None and table.shape[-1] == head_dim // 2 for table in q_tables)
+        or _leaks(trail.nodes, results)
+    ):
+        return None
+    order = tuple(node for node in attention.graph or () if node in trail.nodes)
+    return _Layer(order, (q, k, v, past_key, past_value), tuple(q_tables), heads, kv_heads, results)
+
+
+def _constant(value: ir.Value) -> list[int]:
+    tensor = value.const_value
+    if tensor is None or value.is_graph_input():
+        raise _OtherFormError
+    return [int(size) for size in tensor.numpy().reshape(-1)]
+
+
+def _leaks(nodes: set[ir.Node], results: tuple[ir.Value, ...]) -> bool:
+    """Whether a value made by ``nodes``, no result of theirs, is used by others."""
+    inner = (value for node in nodes for value in node.outputs if value not in results)
+    return any(value.is_graph_output() or any(use.node not in nodes for use in value.uses()) for value in inner)
+
+
+def _lengths(graph: ir.Graph) -> _Lengths:
+    inputs = {value.name: value for value in graph.inputs}
+    embeds, write = inputs["inputs_embeds"], inputs["write_indices"]
+    op = NodeList(graph, "attention.lengths")
+    one, int32 = op.integers([1]), int(ir.DataType.INT32)
+    batch, seq = op.add("Shape", embeds, start=0, end=1), op.add("Shape", embeds, start=1, end=2)
+    ends = op.add("Add", write, seq)  # [batch]
+    total = op.add("ReduceMax", ends, keepdims=1)  # [1]
+    several = op.add("And", op.add("Greater", batch, one), op.add("Greater", seq, one))
+    refused = op.add("And", several, op.add("Greater", total, seq))
+    lengths = _Lengths(
+        last=op.add("Cast", op.add("Sub", ends, one), to=int32),
+        total=op.add("Squeeze", op.add("Cast", total, to=int32)),
+        refused=op.add("Squeeze", refused),
+    )
+    op.insert_before(graph[0])
+    return lengths
+
+
+def _lower(graph: ir.Graph, layer: _Layer, lengths: _Lengths, name: str) -> None:
+    """The canonical nodes move into one branch; what they gave is the result of the ``If`` now."""
+    results = tuple(_like(value, str(value.name)) for value in layer.results)
+    for old, new in zip(layer.results, results, strict=True):
+        for node, index in [(use.node, use.idx) for use in old.uses() if use.node not in layer.nodes]:
+            node.replace_input_with(index, new)
+        for index, output in enumerate(graph.outputs):
+            if output is old:
+                graph.outputs[index] = new
+        old.name = f"{new.name}.canonical"
+    lowered = ir.node(
+        "GroupQueryAttention",
+        inputs=[*layer.inputs, lengths.last, lengths.total, *layer.tables],
+        attributes={"num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "do_rotary": 1},
+        domain=_DOMAIN,
+        outputs=[_like(value, f"{value.name}.lowered") for value in results],
+        name=f"{name}.GroupQueryAttention",
+    )
+    place = layer.nodes[-1]
+    choice = ir.node("If", inputs=[lengths.refused], outputs=results, name=name)
+    graph.insert_after(place, choice)
+    graph.remove(layer.nodes)
+    branches = {
+        "then_branch": ir.Graph([], layer.results, nodes=layer.nodes, name=f"{name}.canonical"),
+        "else_branch": ir.Graph([], lowered.outputs, nodes=[lowered], name=f"{name}.lowered"),
+    }
+    for key, branch in branches.items():
+        choice.attributes[key] = ir.AttrGraph(key, branch)
+
+
+def _like(value: ir.Value, name: str) -> ir.Value:
+    return ir.Value(name=name, type=value.type, shape=value.shape)
