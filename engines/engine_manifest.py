@@ -77,7 +77,7 @@ def resolved_accuracy_level(manifest: Manifest, wanted: AccuracyLevel | None) ->
         return stated
     if stated is None:
         raise OptionError("accuracy_level", f"want a bundle of int4 weights, found one in {manifest.model.precision}")
-    if wanted not in get_args(AccuracyLevel):
+    if type(wanted) is not int or wanted not in get_args(AccuracyLevel):  # True is equal to 1
         raise OptionError("accuracy_level", f"want 0 to 4, got {wanted!r}")
     return wanted
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,8 +45,7 @@ class AwqOptions:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise OptionError("max_tokens", f"want 1 or more, got {self.max_tokens}")
-        kind, _, number = self.device.partition(":")
-        if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device, re.ASCII):
             raise OptionError("device", f"want cpu, cuda or cuda:NUMBER, got {self.device!r}")
 
 

@@ -213,6 +213,13 @@ def test_formats_are_the_classes_own() -> None:
     assert QuantizeOptions(64, True, "int8").head_format == WeightFormat(8, None, symmetric=True, permuted=False)
 
 
+@pytest.mark.parametrize("level", [True, 4.0, "4", 5, -1])
+def test_what_is_no_accuracy_level(make_llava: Any, tmp_path: Path, level: Any) -> None:
+    export(round_to_nearest(opened(make_llava), VARIETIES[0][0]), tmp_path / "b", "int4")
+    with pytest.raises(OptionError, match=f"accuracy_level: want 0 to 4, got {level!r}"):
+        Llava.load(tmp_path / "b", accuracy_level=level)
+
+
 def test_verify_with_another_models_checkpoint(make_llava: Any, tmp_path: Path) -> None:
     export(round_to_nearest(opened(make_llava), VARIETIES[0][0]), tmp_path / "b", "int4")
     other = open_checkpoint(make_llava("other", text={**TEXT, "intermediate_size": 128}).directory)

@@ -164,7 +164,13 @@ def test_a_damaged_weight_is_named(
 
 @pytest.mark.parametrize(
     ("fields", "option"),
-    [({"device": "tpu"}, "device"), ({"device": "cuda:x"}, "device"), ({"max_tokens": 0}, "max_tokens")],
+    [
+        ({"device": "tpu"}, "device"),
+        ({"device": "cuda:x"}, "device"),
+        ({"device": "cuda:"}, "device"),
+        ({"device": "cuda:12345"}, "device"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
 )
 def test_options_are_held_to_what_they_may_be(options: Any, fields: dict[str, Any], option: str) -> None:
     with pytest.raises(OptionError) as caught:
