@@ -36,6 +36,7 @@ _WRITTEN = re.compile(r"lock|(state\.json|(layer|hidden)-\d{4,}\.safetensors)(\.
 _FIRST = {_LOCK, _STATE, f"{_STATE}.partial"}  # what there may be before there is a state
 _DATA, _SCALES, _ZERO_POINTS = "|data", "|scales", "|zero_points"
 _REPORT = "report"
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 _ELSEWHERE = "move it away, or name another (on the command line it is -o with .awq behind it)"
 
 
@@ -135,7 +136,13 @@ class WorkDirectory:
     def _save(self, path: Path, parts: Mapping[str, np.ndarray], metadata: dict[str, str] | None) -> None:
         # The names are sorted: what a file is made of says what its bytes are.
         tensors = {name: np.ascontiguousarray(parts[name]) for name in sorted(parts)}
-        _appear(path, lambda partial: save_file(tensors, partial, metadata))
+        try:
+            _appear(path, lambda partial: save_file(tensors, partial, metadata))
+        except SafetensorError as error:  # how the library reports what the system says
+            code = _SYSTEM_ERROR.search(str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
     def _layer(self, index: int) -> Path:
         return self.path / f"layer-{index:04}.safetensors"

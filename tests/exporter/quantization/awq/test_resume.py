@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from llava_deploy.engines.errors import CheckpointError, InputError
+from llava_deploy.engines.errors import CheckpointError, InputError, LlavaDeployError
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.quantization.awq import state
 from llava_deploy.exporter.quantization.awq.quantize import awq, read_report
@@ -221,3 +222,21 @@ def test_damaged_state(tiny: Callable[..., Checkpoint], make_samples: Any, optio
     (work / name).write_bytes(b"half")
     with pytest.raises(CheckpointError, match=name):
         awq(checkpoint, options(), make_samples(checkpoint), work)
+
+
+def test_a_disk_that_takes_no_more(
+    tiny: Callable[..., Checkpoint], make_samples: Any, options: Any, work: Path
+) -> None:
+    checkpoint = tiny()
+    samples = make_samples(checkpoint)
+    most = 3 << 10  # bytes of a file, in place of a full disk: the state has room, the layers have not
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        with pytest.raises(LlavaDeployError, match=f"{work}: not written .File too large at .*safetensors"):
+            awq(checkpoint, options(), samples, work)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    awq(checkpoint, options(), samples, work)
