@@ -4,8 +4,8 @@
 
 Every variant is quantised and exported as `llava-deploy export` does it, read back from its bundle, and run by PyTorch
 in float32 over the same windows of text, which do not overlap; the first token of each is not scored. All variants
-read a window before the next one comes. AWQ runs in a process of its own, so that its memory can be told. Bundles stay
-in the work directory, and a run that was stopped takes them up.
+read a window before the next one comes, so the figures of a run that was stopped are all of the same text. AWQ runs in
+a process of its own, so that its memory can be told. Bundles stay in the work directory, and the next run takes them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import multiprocessing
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from measuring import circumstances, peak_memory, save, token_windows, write_calibration
 from torch import nn
 
-from llava_deploy.exporter.checkpoint import Checkpoint, open_checkpoint
+from llava_deploy.exporter.checkpoint import open_checkpoint
 from llava_deploy.exporter.export import export
 from llava_deploy.exporter.quantization.awq.calibration import read_calibration
 from llava_deploy.exporter.quantization.awq.quantize import AwqOptions, awq, read_report
@@ -74,9 +75,9 @@ def main() -> None:
     parser.add_argument("--form", choices=FORMS, nargs="+", default=list(FORMS))
     parser.add_argument("--window", type=int, default=1024, help="tokens the model sees at once (1024)")
     parser.add_argument("--windows", type=int, help="how many of them (as many as the text has)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--processes", type=int, default=1, help="that read windows, each with all models (1)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each process")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     checkpoint = open_checkpoint(arguments.checkpoint)
     windows = token_windows(arguments.text, checkpoint.tokenizer_json, arguments.window)[: arguments.windows]
     samples = arguments.work / "calibration.jsonl"
@@ -89,14 +90,14 @@ def main() -> None:
     result = {
         **circumstances(),
         "text": arguments.text.name,
-        "windows": len(windows),
         "window": arguments.window,
         "calibration": f"{arguments.calibration.name}, {count} samples of {SAMPLE_TOKENS} tokens",
         "awq": {name: without_rows(cost) for name, cost in made.items() if cost is not None},
     }
-    models = {REFERENCE: decoder_of(checkpoint)}
-    models |= {v.name: decoder_of(with_stored_decoder(checkpoint, arguments.work / v.directory)) for v in variants}
-    measure(models, windows, arguments.output, result)
+    result["processes"], result["threads"] = arguments.processes, arguments.threads
+    of = (arguments.checkpoint, arguments.work, variants, arguments.threads)
+    with multiprocessing.get_context("spawn").Pool(arguments.processes, load_models, of) as pool:
+        collect(pool.imap(read_window, windows), arguments.output, result, len(windows))
 
 
 def make_bundle(variant: Variant, checkpoint: Path, work: Path, threads: int) -> dict[str, Any] | None:
@@ -145,31 +146,48 @@ def without_rows(costs: dict[str, Any]) -> dict[str, Any]:
     return {**costs, "linears": linear_summary(costs["linears"])}
 
 
-def decoder_of(checkpoint: Checkpoint) -> nn.Module:
-    """PyTorch's decoder in float32."""
-    return load_torch(checkpoint).decoder
+_models: dict[str, nn.Module] = {}
+"""Of a worker: fp32's first."""
+
+
+def load_models(directory: Path, work: Path, variants: list[Variant], threads: int) -> None:
+    """Load PyTorch's decoders in float32 into a worker."""
+    torch.set_num_threads(threads)
+    checkpoint = open_checkpoint(directory)
+    _models[REFERENCE] = load_torch(checkpoint).decoder
+    for variant in variants:
+        _models[variant.name] = load_torch(with_stored_decoder(checkpoint, work / variant.directory)).decoder
 
 
 @torch.inference_mode()
-def measure(models: dict[str, nn.Module], windows: np.ndarray, output: Path, result: dict[str, Any]) -> None:
-    """Run all models over all windows; the result is written after each, of the windows until then."""
+def read_window(window: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Each model's mean loss over a window, and its mean KL divergence from fp32, in nats a token."""
+    ids = torch.from_numpy(window)[None]
+    found: dict[str, tuple[float, float]] = {}
+    reference: torch.Tensor | None = None
+    for name, model in _models.items():
+        logs = F.log_softmax(model(ids, use_cache=False).logits[0, :-1], dim=-1)  # [window - 1, vocab]
+        reference = logs if reference is None else reference
+        divergence = F.kl_div(logs, reference, log_target=True, reduction="batchmean")
+        found[name] = (float(F.nll_loss(logs, ids[0, 1:])), float(divergence))
+    return found
+
+
+def collect(
+    readings: Iterable[dict[str, tuple[float, float]]], output: Path, result: dict[str, Any], windows: int
+) -> None:
+    """Put the windows together; the result is written after each, of the windows until then."""
     losses: dict[str, list[float]] = defaultdict(list)
     divergences: dict[str, list[float]] = defaultdict(list)
-    for number, window in enumerate(windows, 1):
-        ids = torch.from_numpy(window)[None]
-        reference: torch.Tensor | None = None
-        for name, model in models.items():
-            logs = F.log_softmax(model(ids, use_cache=False).logits[0, :-1].float(), dim=-1)  # [window - 1, vocab]
-            losses[name].append(float(F.nll_loss(logs, ids[0, 1:])))
-            if reference is None:
-                reference = logs
-            else:
-                divergences[name].append(float(F.kl_div(logs, reference, log_target=True, reduction="batchmean")))
-        result["scored_tokens"] = number * (len(window) - 1)
-        result["losses"] = {name: [round(loss, 6) for loss in found] for name, found in losses.items()}
-        result["perplexity"] = {name: summary(name, losses, divergences) for name in models}
+    for number, reading in enumerate(readings, 1):
+        for name, (loss, divergence) in reading.items():
+            losses[name].append(round(loss, 6))
+            divergences[name].append(round(divergence, 6))
+        result |= {"windows": number, "scored_tokens": number * (result["window"] - 1)}
+        result |= {"losses": losses, "divergences": divergences}
+        result["perplexity"] = {name: summary(name, losses, divergences) for name in reading}
         save(output, result)
-        if number in (1, len(windows)) or number % 10 == 0:
+        if number in (1, windows) or number % 10 == 0:
             print(f"after {result['scored_tokens']:,} tokens\n{table(result)}", flush=True)
 
 
