@@ -78,7 +78,8 @@ def export(
     formats = _formats(checkpoint, precision)
     graphs = build_graphs(checkpoint.config, precision, formats)
     recipe = _recipe(checkpoint, formats, accuracy_level)
-    _require_space(checkpoint, graphs, output)
+    wanted = _bytes_wanted(checkpoint, graphs)  # now: what is written is no longer counted
+    _require_space(wanted, output)
     total = sum(source.nbytes for source in checkpoint.tensors.values())
     done = 0
 
@@ -94,7 +95,7 @@ def export(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise write_error(output, error) from error
         raise LlavaDeployError(
-            f"{output}: the disk is full, nothing was written; {_bytes_wanted(checkpoint, graphs):,} bytes are wanted: "
+            f"{output}: the disk is full, nothing was written; more than {wanted:,} bytes are wanted: "
             "free some space or choose another disk"
         ) from error
 
@@ -209,10 +210,10 @@ def _bytes_wanted(checkpoint: Checkpoint, graphs: Graphs) -> int:
     return sum(floats.values())
 
 
-def _require_space(checkpoint: Checkpoint, graphs: Graphs, output: Path) -> None:
+def _require_space(wanted: int, output: Path) -> None:
     """Refuse before the first byte where the disk is plainly too small."""
     home = next(parent for parent in output.absolute().parents if parent.exists())
-    free, wanted = shutil.disk_usage(home).free, _bytes_wanted(checkpoint, graphs)
+    free = shutil.disk_usage(home).free
     if free < wanted:
         raise LlavaDeployError(
             f"{output}: the disk is full: the bundle wants {wanted:,} bytes, {home} has {free:,} free; "

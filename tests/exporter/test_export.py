@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import os
@@ -18,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llava_deploy.engines.contract import TensorSpec
-from llava_deploy.engines.errors import CheckpointError, InputError
+from llava_deploy.engines.errors import CheckpointError, InputError, LlavaDeployError
 from llava_deploy.engines.manifest import MANIFEST_NAME, read_manifest
 from llava_deploy.exporter.checkpoint import CheckpointOptions, open_checkpoint
 from llava_deploy.exporter.export import ExportProgress, export
@@ -179,3 +180,15 @@ def test_disk_full(demo_checkpoint: Path, tmp_path: Path, flag: str) -> None:
     assert "the disk is full" in message
     assert "free some space" in message
     assert left == []
+
+
+def test_a_disk_that_fills_up_says_how_much_is_wanted(
+    demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:  # by then the vision graph is written
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(onnx.checker, "check_model", full)
+    with pytest.raises(LlavaDeployError, match=r"disk is full, nothing was written; more than 12,\d{3},\d{3} bytes"):
+        export(open_checkpoint(demo_checkpoint, CheckpointOptions()), tmp_path / "b", "fp32")
+    assert list(tmp_path.iterdir()) == []
