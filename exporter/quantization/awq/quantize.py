@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llava_deploy.engines.errors import InputError, OptionError
+from llava_deploy.engines.errors import CheckpointError, InputError, OptionError
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.halves import decoder_linears
 from llava_deploy.exporter.quantization.awq.calibration import CalibrationSample
@@ -122,6 +122,7 @@ def _run(
     if resumed is None:
         longest = min(options.max_tokens, config.max_position_embeddings)
         first, hidden = 0, embed_samples(checkpoint, samples, longest, device)
+        _require_finite(hidden, samples, f"{checkpoint.directory}: embeddings and features")
         state.keep_hidden(0, hidden)
     else:
         first, hidden = resumed
@@ -129,10 +130,21 @@ def _run(
     for index in range(first, layers):
         layer = load_layer(config, checkpoint.tensors, index, device)
         moments = run_layer(layer, config, hidden, device)
-        state.keep_layer(index, quantize_layer(layer, config, index, moments, options.quantize.weight_format))
-        del layer, moments  # before the next layer comes
+        result = quantize_layer(layer, config, index, moments, options.quantize.weight_format)  # names a weight of NaN
+        _require_finite(hidden, samples, f"{checkpoint.directory}: output of decoder layer {index}")
+        state.keep_layer(index, result)
+        del layer, moments, result  # before the next layer comes
         state.keep_hidden(index + 1, hidden if index + 1 < layers else [])  # after the last, nobody asks
         on_layer(index + 1, layers)
+
+
+def _require_finite(hidden: Sequence[torch.Tensor], samples: Sequence[CalibrationSample], what: str) -> None:
+    """Scales searched with NaN are of no use, and the search takes long: say it at once."""
+    for rows, sample in zip(hidden, samples, strict=True):
+        if not bool(torch.isfinite(rows).all()):
+            raise CheckpointError(
+                f"{what}: NaN or infinite for {sample.origin}; the checkpoint is damaged, take it from its source again"
+            )
 
 
 def _device(name: str) -> torch.device:

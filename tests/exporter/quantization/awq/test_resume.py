@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from llava_deploy.engines.errors import CheckpointError, InputError, LlavaDeployError
-from llava_deploy.exporter.checkpoint import Checkpoint
+from llava_deploy.exporter.checkpoint import Checkpoint, open_checkpoint
 from llava_deploy.exporter.quantization.awq import state
 from llava_deploy.exporter.quantization.awq.quantize import awq, read_report
 
@@ -240,3 +240,28 @@ def test_a_disk_that_takes_no_more(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     awq(checkpoint, options(), samples, work)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("embed_tokens", "embeddings and features: NaN or infinite for sample 0"),
+        ("layers.1.input_layernorm", "output of decoder layer 1: NaN or infinite for sample 0"),
+    ],
+)
+def test_damaged_floats_are_said_before_the_search_ends(
+    tiny: Callable[..., Checkpoint],
+    make_samples: Any,
+    options: Any,
+    edit_tensors: Any,
+    work: Path,
+    name: str,
+    said: str,
+) -> None:
+    checkpoint = tiny()
+    key = checkpoint.tensors[f"language_model.{name}.weight"].key
+    path = checkpoint.directory / "model.safetensors"
+    edit_tensors(path, lambda tensors: tensors.update({key: tensors[key] * float("nan")}))
+    with pytest.raises(CheckpointError, match=f"{checkpoint.directory}: {said}; the checkpoint is damaged"):
+        awq(open_checkpoint(checkpoint.directory), options(), make_samples(checkpoint), work)
+    assert not (work / "layer-0001.safetensors").exists()
