@@ -49,6 +49,7 @@ MEETS_RUNTIME = {
     "exporter/quantization/awq/embeddings.py": "has the runtime's splice put the pictures in",
     "exporter/verify.py": "compares PyTorch with what the runtime does",
     "exporter/tables.py": "says things in the words of the runtime's terminal",
+    "exporter/demo/evaluate.py": "takes for right what the runtime's evaluation does",
     "exporter/demo/questions.py": "gives the questions in the form that the runtime evaluates",
     "exporter/demo/showcase.py": "is the demo: the whole way",
 }

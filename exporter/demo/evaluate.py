@@ -15,9 +15,10 @@ from tokenizers import Tokenizer
 
 from llava_deploy.engines.contract import IMAGE_TOKEN_INDEX
 from llava_deploy.exporter.demo.model import to_pixels
-from llava_deploy.exporter.demo.scenes import KINDS, Example, Split, chance, checkpoint_dir, examples, is_right
+from llava_deploy.exporter.demo.scenes import KINDS, Example, Split, chance, checkpoint_dir, examples
 from llava_deploy.exporter.demo.tokens import BOS, EOS, PAD, SYSTEM, token_id
 from llava_deploy.exporter.reference import LlavaLlamaForCausalLM, from_checkpoint
+from llava_deploy.runtime.evaluation import normalise
 
 _LONGEST_ANSWER = 16  # tokens
 _ROWS = 100
@@ -64,7 +65,7 @@ def accuracy(
     """The share of right answers for each kind that was asked."""
     right: dict[str, list[bool]] = {}
     for example, text in zip(asked, answers(model, tokenizer, asked, view), strict=True):
-        right.setdefault(example.kind, []).append(is_right(example.answer, text))
+        right.setdefault(example.kind, []).append(normalise(text) == normalise(example.answer))
     return {kind: sum(marks) / len(marks) for kind, marks in right.items()}
 
 

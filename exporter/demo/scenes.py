@@ -5,9 +5,9 @@ about it (cell, shape and colour of every object) is its *layout*; jitter, sizes
 
 * **Never seen in training**: a layout belongs to one split, decided by its sha256, and `random_scene` hands out only
   layouts of the split it is asked for.  No held-out layout can occur in training, in any rendering.
-* **Answers need the picture**: `examples` picks the question form and the answer first, every answer of a form equally
-  often, and then looks for a scene that fits.  Given a question's text every answer of its form is equally likely,
-  so `chance(kind)` is exact and whoever cannot see the picture does not beat it.
+* **Answers need the picture**: `examples` picks the answer first, every answer of a kind equally often, and then looks
+  for a scene that fits.  Given a question's text every answer of its kind is equally likely, so
+  `chance(kind)` is exact and whoever cannot see the picture does not beat it.
 
 Pillow and the standard library only: a machine without torch measures a bundle with this module.  Random numbers come
 from `random.Random`, so a seed gives the same scenes on every platform.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -38,9 +38,11 @@ COLOURS: dict[str, Colour] = {
     "orange": (245, 130, 25),
 }
 MOST_OBJECTS = 5
-DESCRIBE = "What is in the picture?"  # the model is taught this one too; it is no KIND, since it has no fixed answers
+# The model is taught these too; they are no KIND, since they have no fixed set of answers.
+DESCRIBE = "What is in the picture?"
+NAME_COLOURS = "Which colour is each shape?"
 
-_NUMBERS = ("None.", "One.", "Two.", "Three.", "Four.", "Five.")
+_NUMBERS = ("One.", "Two.", "Three.", "Four.", "Five.")
 _PLACES = (
     "At the top left.",
     "At the top.",
@@ -64,37 +66,22 @@ class Split(str, Enum):
 
 
 class Form(Enum):
-    """The forms of question: kind, and every answer there is to it."""
+    """The form of question of each kind, and every answer there is to it."""
 
     SHAPE = ("shape", tuple(f"A {shape}." for shape in SHAPES))
     COLOUR = ("colour", tuple(f"It is {colour}." for colour in COLOURS))
-    COUNT_ALL = ("count", _NUMBERS[1:])
-    COUNT_SHAPE = ("count", _NUMBERS[:4])
+    COUNT = ("count", _NUMBERS)
     POSITION = ("position", _PLACES)
     RELATION = ("relation", _RELATIONS)
 
     @property
     def kind(self) -> str:
-        """The entry of KINDS that this form is counted under."""
+        """Its entry in KINDS."""
         return self.value[0]
 
     @property
-    def is_asked(self) -> bool:
-        """Whether `examples` asks it; counting one shape among others is taught, and not learnt well enough yet."""
-        return self is not Form.COUNT_SHAPE
-
-    @property
-    def objects(self) -> range:
-        """How many objects are in the pictures that `examples` asks this about.
-
-        A colour is asked of a picture with one object and a relation of one with two: among more, the tiny model finds
-        an object by its colour, but not yet by its shape.
-        """
-        return {"colour": range(1, 2), "relation": range(2, 3)}.get(self.kind, range(1, MOST_OBJECTS + 1))
-
-    @property
     def answers(self) -> tuple[str, ...]:
-        """Every answer to this form, each as likely as any other in `examples`."""
+        """Every answer, each as likely as any other in `examples`."""
         return self.value[1]
 
 
@@ -144,11 +131,15 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene with its one right answer."""
+    """A question about a scene with its one right answer.
+
+    `about` holds, in order, the objects that the text names, each with the word that completes its name.
+    """
 
     form: Form
     text: str
     answer: str
+    about: tuple[tuple[str, Thing], ...]
 
 
 @dataclass(frozen=True)
@@ -167,14 +158,12 @@ def _nearby(colour: tuple[float, float, float], spread: float, rng: random.Rando
     return red, green, blue
 
 
-def random_scene(split: Split, rng: random.Random, objects: range = range(1, MOST_OBJECTS + 1)) -> Scene:
-    """A random scene of `split`, with as many objects as one of `objects`; shapes repeat more often than by chance."""
+def random_scene(split: Split, rng: random.Random) -> Scene:
+    """A random scene of `split`: one to five objects."""
     while True:
-        cells = sorted(rng.sample(range(9), rng.choice(objects)))
+        cells = sorted(rng.sample(range(9), rng.randint(1, MOST_OBJECTS)))
         colours = rng.sample(tuple(COLOURS), len(cells))
-        favourite, favour = rng.choice(SHAPES), rng.choice((0.0, 0.0, 0.7))
-        shapes = [favourite if rng.random() < favour else rng.choice(SHAPES) for _ in cells]
-        things = tuple(Thing(*parts) for parts in zip(cells, shapes, colours, strict=True))
+        things = tuple(Thing(cell, rng.choice(SHAPES), colour) for cell, colour in zip(cells, colours, strict=True))
         scene = Scene(things, rng.getrandbits(48))
         if scene.split is split:
             return scene
@@ -195,27 +184,27 @@ def questions(scene: Scene, form: Form) -> list[Question]:
     things = scene.things
     shapes = [thing.shape for thing in things]
     if form is Form.SHAPE:
-        return [Question(form, f"What shape is the {t.colour} object?", f"A {t.shape}.") for t in things]
+        return [
+            Question(form, f"What shape is the {t.colour} object?", f"A {t.shape}.", (("object", t),)) for t in things
+        ]
     if form is Form.COLOUR:
         lone = [thing for thing in things if shapes.count(thing.shape) == 1]
-        return [Question(form, f"What colour is the {t.shape}?", f"It is {t.colour}.") for t in lone]
-    if form is Form.COUNT_ALL:
-        return [Question(form, "How many objects are there?", _NUMBERS[len(things)])]
-    if form is Form.COUNT_SHAPE:
-        counted = [(shape, shapes.count(shape)) for shape in SHAPES if shapes.count(shape) < len(form.answers)]
-        return [Question(form, f"How many {_plural(shape)} are there?", _NUMBERS[count]) for shape, count in counted]
+        return [Question(form, f"What colour is the {t.shape}?", f"It is {t.colour}.", ((t.shape, t),)) for t in lone]
+    if form is Form.COUNT:
+        return [Question(form, "How many objects are there?", _NUMBERS[len(things) - 1], ())]
     if form is Form.POSITION:
-        return [Question(form, f"Where is the {t.name}?", _PLACES[t.cell]) for t in things]
+        return [Question(form, f"Where is the {t.name}?", _PLACES[t.cell], ((t.shape, t),)) for t in things]
     pairs = [(of, to, _relation(of, to)) for of in things for to in things if of is not to]
     return [
-        Question(form, f"Where is the {of.name} relative to the {to.name}?", answer)
+        Question(
+            form,
+            f"Where is the {of.name} relative to the {to.name}?",
+            answer,
+            ((of.shape, of), (to.shape, to)),
+        )
         for of, to, answer in pairs
         if answer is not None
     ]
-
-
-def _plural(shape: str) -> str:
-    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 
 def describe(scene: Scene) -> str:
@@ -228,22 +217,29 @@ def describe(scene: Scene) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
+def name_colours(scene: Scene) -> str:
+    """The answer to NAME_COLOURS: every shape that occurs once, followed at once by its colour."""
+    shapes = [thing.shape for thing in scene.things]
+    ordered = sorted(scene.things, key=lambda thing: SHAPES.index(thing.shape))
+    text = ", ".join(f"a {thing.shape} {thing.colour}" for thing in ordered if shapes.count(thing.shape) == 1)
+    return f"{text[0].upper()}{text[1:]}." if text else "I see no shape once."
+
+
 def asked(split: Split, seed: int = 0, kinds: tuple[str, ...] = KINDS) -> Iterator[tuple[Scene, Question]]:
     """Endless scenes with a question each, the kinds in turn; `examples` without the drawing.
 
-    Within a kind its forms come in turn, and within a form every answer comes equally often, in an order shuffled anew
-    each round, so answers are balanced given the question.  The same arguments give the same questions.
+    Within a kind every answer comes equally often, in an order shuffled anew each round, so answers are balanced given
+    the question.  The same arguments give the same questions.
     """
     rng = random.Random(f"{split.value}/{seed}")
-    forms = {kind: _forever([form for form in Form if form.kind == kind and form.is_asked]) for kind in kinds}
-    answers = {form: _forever(form.answers, rng) for form in Form}
+    forms = [form for kind in kinds for form in Form if form.kind == kind]
+    answers = {form: _shuffled_forever(form.answers, rng) for form in forms}
     while True:
-        for kind in kinds:
-            form = next(forms[kind])
+        for form in forms:
             answer = next(answers[form])
             found: list[Question] = []
             while not found:
-                scene = random_scene(split, rng, form.objects)
+                scene = random_scene(split, rng)
                 found = [question for question in questions(scene, form) if question.answer == answer]
             yield scene, rng.choice(found)
 
@@ -254,24 +250,17 @@ def examples(split: Split, seed: int = 0, kinds: tuple[str, ...] = KINDS) -> Ite
         yield Example(scene.picture(), question.text, question.answer, question.form.kind, scene)
 
 
-def _forever(items: Iterable, rng: random.Random | None = None) -> Iterator:
-    """The items over and over, each round in a new order where an `rng` is given."""
+def _shuffled_forever(items: tuple[str, ...], rng: random.Random) -> Iterator[str]:
     order = list(items)
     while True:
-        if rng is not None:
-            rng.shuffle(order)
+        rng.shuffle(order)
         yield from order
 
 
 def chance(kind: str) -> float:
     """The share of right answers that guessing without the picture gives for `kind` in `examples`."""
-    forms = [form for form in Form if form.kind == kind and form.is_asked]
-    return sum(1 / len(form.answers) for form in forms) / len(forms)
-
-
-def is_right(answer: str, said: str) -> bool:
-    """Whether what a model said is the answer; case, outer spaces and the full stop do not count."""
-    return said.strip().rstrip(".").lower() == answer.rstrip(".").lower()
+    (form,) = (form for form in Form if form.kind == kind)
+    return 1 / len(form.answers)
 
 
 def checkpoint_dir() -> Path:

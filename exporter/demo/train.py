@@ -2,11 +2,13 @@
 
     python -m llava_deploy.exporter.demo.train --out DIRECTORY
 
-Two stages, both with AdamW under a warm-up and a cosine.  *Look*: tower and projector learn to put each patch's feature
-near the embeddings of the words for what lies there.  Without it the decoder ignores the pictures for thousands of
-steps.  *Talk*: the whole model, through the reference class and its splice,
-learns to answer, first what the whole picture shows, where each word tells the next one's place to look, then
-conversations of several questions; the look loss stays on at a small weight.
+Three stages, each with AdamW under a warm-up and a cosine.  *Look*: tower and projector learn to put each patch's
+feature near the embeddings of the words for what lies there.  Without it the decoder ignores the pictures for thousands
+of steps.  *Talk*: the whole model, through the reference class and its splice, learns to answer, first what the whole
+picture shows, where each word tells the next one's place to look, then conversations of several questions.  Two more
+losses stay on at a smaller weight: the look loss, and *pointing*: halfway through the decoder, the word that completes
+an object's name in a question has to have fetched that object's shape, colour and place.  *Practice*: the same at a
+lower rate, most questions now about relations, which come last.
 
 The same options on the same machine with the same torch give the same checkpoint.
 """
@@ -29,20 +31,22 @@ from torch import nn
 from torch.nn import functional
 
 from llava_deploy.exporter.demo.batches import (
-    PATCH_WORDS,
     Batch,
-    Course,
     conversation_batch,
     objects_by_patch,
     random_scenes,
     scene_pixels,
 )
-from llava_deploy.exporter.demo.conversations import ConversationWriter
-from llava_deploy.exporter.demo.model import build_model, save_checkpoint
-from llava_deploy.exporter.demo.tokens import PAD, UNK, token_id, train_tokenizer
-from llava_deploy.exporter.reference import LlavaLlamaForCausalLM
+from llava_deploy.exporter.demo.conversations import ALL_FORMS, RELATIONS_FIRST, ConversationWriter, Course
+from llava_deploy.exporter.demo.model import build_model, look_for_likeness, save_checkpoint
+from llava_deploy.exporter.demo.naming import Naming
+from llava_deploy.exporter.demo.tokens import PAD, token_id, train_tokenizer
+from llava_deploy.exporter.reference import LlavaLlamaForCausalLM, from_checkpoint
 
 Report = Callable[[str], None]
+
+SAVE_EVERY = 200  # steps; a run that is cut short leaves what it had
+POINTING_LAYER = 2  # decoder layers after which the name of an object has to have found it
 
 
 @dataclass(frozen=True)
@@ -50,19 +54,24 @@ class Recipe:
     """Everything the training depends on.  Rates are AdamW's peak learning rates."""
 
     seed: int = 0
-    look_steps: int = 500
+    look_steps: int = 550
     look_rows: int = 64
     look_rate: float = 1e-3
-    talk_steps: int = 1300
+    talk_steps: int = 1100
+    describe_steps: int = 60  # of the talk steps, the first: only what the whole picture shows is asked
+    naming_steps: int = 60  # of the talk steps, the next: mostly which colour each shape has
     talk_rows: int = 32
     talk_rate: float = 1.5e-3
-    describe_steps: int = 250  # of the talk steps, the first: only whole pictures are asked for
     eyes_rate: float = 5e-4  # of tower and projector in the talk stage: more undoes what they learned
     look_weight: float = 0.5  # of the look loss, in the talk stage
+    point_weight: float = 0.5  # of the pointing loss, in the talk stage
+    practice_steps: int = 300
+    practice_rate: float = 7e-4
+    practice_eyes_rate: float = 2e-4
     warm_up: int = 100
+    practice_warm_up: int = 50
     weight_decay: float = 0.05
     long_every: int = 10  # every so many talk steps the conversations are long and about two pictures
-    save_every: int = 250  # talk steps; a run that is cut short leaves what it had
 
     @property
     def turns(self) -> tuple[int, ...]:
@@ -70,43 +79,12 @@ class Recipe:
         return 2, 4, 6, 8
 
 
-class Naming:
-    """Holds image features to the words for what they show.
-
-    Each patch's feature, multiplied with the decoder's word embeddings, has to pick the shape, the colour, the row and
-    the column of the object in its cell, or `<unk>` where there is nothing to say.  So pictures arrive in the decoder
-    as words it is asked about, and finding "the red object" is looking for what resembles " red".
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        nothing = token_id(tokenizer, UNK)
-        self._groups = [torch.tensor([*(_word(tokenizer, name) for name in names), nothing]) for names in PATCH_WORDS]
-
-    def loss(self, features: torch.Tensor, embeddings: torch.Tensor, objects: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy over the groups of words.
-
-        Features are `[pictures, patches, hidden]`, embeddings `[vocabulary, hidden]`, objects
-        `[pictures, patches, groups]`.
-        """
-        rows = features.flatten(0, 1)
-        losses = [
-            functional.cross_entropy(rows @ embeddings[group].T, objects[..., index].flatten())
-            for index, group in enumerate(self._groups)
-        ]
-        return torch.stack(losses).mean()
-
-
-def _word(tokenizer: Tokenizer, name: str) -> int:
-    ids = tokenizer.encode(f" {name}", add_special_tokens=False).ids
-    if len(ids) != 1:
-        raise ValueError(f"want {name!r} to be one token, got {len(ids)}; train the tokenizer on text that has it")
-    return int(ids[0])
-
-
 class _Stage:
     """An optimiser with its schedule: warm-up, then a cosine to a fiftieth of the rate."""
 
-    def __init__(self, groups: Iterable[tuple[list[nn.Module], float]], steps: int, recipe: Recipe) -> None:
+    def __init__(
+        self, groups: Iterable[tuple[list[nn.Module], float]], steps: int, warm_up: int, recipe: Recipe
+    ) -> None:
         """Takes modules with the rate at which each group of them learns."""
         options: list[dict[str, Any]] = [
             {"params": [parameter for module in modules for parameter in module.parameters()], "lr": rate}
@@ -116,7 +94,7 @@ class _Stage:
         self._optimizer = torch.optim.AdamW(options, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer,
-            lambda step: min(1.0, (step + 1) / recipe.warm_up) * (0.51 + 0.49 * math.cos(math.pi * step / steps)),
+            lambda step: min(1.0, (step + 1) / warm_up) * (0.51 + 0.49 * math.cos(math.pi * step / max(1, steps))),
         )
 
     def step(self, loss: torch.Tensor) -> None:
@@ -128,7 +106,7 @@ class _Stage:
 
 
 def train(recipe: Recipe, out: Path, report: Report) -> list[float]:
-    """Trains and writes the checkpoint to `out`; gives the talk stage's loss at every step."""
+    """Trains and writes the checkpoint to `out`; gives the loss at every step of the talk and practice stages."""
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
     tokenizer = train_tokenizer()
@@ -136,15 +114,34 @@ def train(recipe: Recipe, out: Path, report: Report) -> list[float]:
     naming = Naming(tokenizer)
     model.train()
     _look(model, naming, recipe, rng, report)
-    with torch.no_grad():
-        model.lm_head.weight.copy_(model.get_model().embed_tokens.weight)
+    look_for_likeness(model)
+    writer, pad = ConversationWriter(tokenizer), token_id(tokenizer, PAD)
+    lesson = _talk(model, naming, recipe, writer, rng, pad)
+    losses = _taken(lesson, "talk", recipe.talk_steps, report, lambda: _save(model, tokenizer, out))
+    return losses + practise(recipe, out, out, report)
+
+
+def practise(recipe: Recipe, talked: Path, out: Path, report: Report) -> list[float]:
+    """The last stage, from the checkpoint that the talk stage wrote to `talked`; gives the loss at every step."""
+    torch.manual_seed(recipe.seed)
+    tokenizer = train_tokenizer()
+    model = from_checkpoint(talked).requires_grad_(True).train()
+    lesson = _practise(model, Naming(tokenizer), recipe, ConversationWriter(tokenizer), token_id(tokenizer, PAD))
+    return _taken(lesson, "practice", recipe.practice_steps, report, lambda: _save(model, tokenizer, out))
+
+
+def _save(model: LlavaLlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
+    save_checkpoint(copy.deepcopy(model).eval(), tokenizer, out)
+
+
+def _taken(lesson: Iterator[float], name: str, steps: int, report: Report, save: Callable[[], None]) -> list[float]:
     losses: list[float] = []
-    for loss in _talk(model, naming, recipe, ConversationWriter(tokenizer), rng, token_id(tokenizer, PAD)):
+    for step, loss in enumerate(lesson, start=1):
         losses.append(loss)
-        if len(losses) % 50 == 0:
-            report(f"talk {len(losses):5d} of {recipe.talk_steps}  loss {sum(losses[-50:]) / 50:.4f}")
-        if len(losses) % recipe.save_every == 0 or len(losses) == recipe.talk_steps:
-            save_checkpoint(copy.deepcopy(model).eval(), tokenizer, out)
+        if step % 50 == 0:
+            report(f"{name} {step:5d} of {steps}  loss {sum(losses[-50:]) / 50:.4f}")
+        if step % SAVE_EVERY == 0 or step == steps:
+            save()
     return losses
 
 
@@ -154,7 +151,7 @@ def _eyes(model: LlavaLlamaForCausalLM) -> list[nn.Module]:
 
 def _look(model: LlavaLlamaForCausalLM, naming: Naming, recipe: Recipe, rng: random.Random, report: Report) -> None:
     words = model.get_model().embed_tokens
-    stage = _Stage([([*_eyes(model), words], recipe.look_rate)], recipe.look_steps, recipe)
+    stage = _Stage([([*_eyes(model), words], recipe.look_rate)], recipe.look_steps, recipe.warm_up, recipe)
     for step in range(recipe.look_steps):
         scenes = random_scenes(recipe.look_rows, rng)
         loss = naming.loss(model.encode_images(scene_pixels(scenes)), words.weight, objects_by_patch(scenes))
@@ -171,27 +168,48 @@ def _talk(
     rng: random.Random,
     pad: int,
 ) -> Iterator[float]:
-    decoder = model.get_model()
-    words = [decoder.embed_tokens, decoder.layers, decoder.norm, model.lm_head]
-    groups = [(_eyes(model), recipe.eyes_rate), (words, recipe.talk_rate)]
-    stage = _Stage(groups, recipe.talk_steps, recipe)
+    groups = [(_eyes(model), recipe.eyes_rate), (_words(model), recipe.talk_rate)]
+    stage = _Stage(groups, recipe.talk_steps, recipe.warm_up, recipe)
     for step in range(recipe.talk_steps):
         batch = conversation_batch(writer, _course(recipe, step, rng), pad, rng)
-        loss, look_loss = _losses(model, naming, batch)
-        stage.step(loss + recipe.look_weight * look_loss)
-        yield loss.item()
+        loss, answers_loss = _loss(model, naming, batch, recipe)
+        stage.step(loss)
+        yield answers_loss
+
+
+def _practise(
+    model: LlavaLlamaForCausalLM, naming: Naming, recipe: Recipe, writer: ConversationWriter, pad: int
+) -> Iterator[float]:
+    rng = random.Random(f"practice/{recipe.seed}")
+    groups = [(_eyes(model), recipe.practice_eyes_rate), (_words(model), recipe.practice_rate)]
+    stage = _Stage(groups, recipe.practice_steps, recipe.practice_warm_up, recipe)
+    for _ in range(recipe.practice_steps):
+        turns = rng.choice(recipe.turns)
+        course = Course(recipe.talk_rows, pictures=1, turns=turns, describing=0.1, naming=0.0, weights=RELATIONS_FIRST)
+        loss, answers_loss = _loss(model, naming, conversation_batch(writer, course, pad, rng), recipe)
+        stage.step(loss)
+        yield answers_loss
+
+
+def _words(model: LlavaLlamaForCausalLM) -> list[nn.Module]:
+    decoder = model.get_model()
+    return [decoder.embed_tokens, decoder.layers, decoder.norm, model.lm_head]
 
 
 def _course(recipe: Recipe, step: int, rng: random.Random) -> Course:
+    rows = recipe.talk_rows
     if step < recipe.describe_steps:
-        return Course(rows=recipe.talk_rows + recipe.talk_rows // 2, pictures=1, turns=1, describing=1.0)
+        return Course(rows + rows // 2, pictures=1, turns=1, describing=1.0, naming=0.0, weights=ALL_FORMS)
+    if step < recipe.describe_steps + recipe.naming_steps:
+        return Course(rows + rows // 2, pictures=1, turns=1, describing=0.3, naming=0.7, weights=ALL_FORMS)
     if step % recipe.long_every == recipe.long_every - 1:
-        return Course(rows=recipe.talk_rows // 2, pictures=2, turns=8, describing=0.1)
-    return Course(rows=recipe.talk_rows, pictures=1, turns=rng.choice(recipe.turns), describing=0.15)
+        return Course(rows // 2, pictures=2, turns=8, describing=0.1, naming=0.05, weights=ALL_FORMS)
+    turns = rng.choice(recipe.turns)
+    return Course(rows, pictures=1, turns=turns, describing=0.1, naming=0.1, weights=ALL_FORMS)
 
 
-def _losses(model: LlavaLlamaForCausalLM, naming: Naming, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of the answers and that of the patches, from one pass through the tower.
+def _loss(model: LlavaLlamaForCausalLM, naming: Naming, batch: Batch, recipe: Recipe) -> tuple[torch.Tensor, float]:
+    """The whole loss, and the answers' part of it.
 
     No mask: rows are padded on the right, where no answer sees them, and attention without a mask is faster.
     """
@@ -203,12 +221,20 @@ def _losses(model: LlavaLlamaForCausalLM, naming: Naming, batch: Batch) -> tuple
             labels=batch.labels,
             images=batch.pixels,
             use_cache=False,
+            output_hidden_states=True,
         )
     finally:
         hook.remove()
-    if outputs.loss is None:
-        raise RuntimeError("the model was given labels and returned no loss")
-    return outputs.loss, naming.loss(encoded[0], model.get_model().embed_tokens.weight, batch.objects)
+    if outputs.loss is None or outputs.hidden_states is None:
+        raise RuntimeError("the model was asked for its loss and its hidden states and returned one of them only")
+    words = model.get_model().embed_tokens.weight
+    loss = outputs.loss + recipe.look_weight * naming.loss(encoded[0], words, batch.objects)
+    if len(batch.mentions):
+        row, column = batch.mentions.unbind(dim=1)
+        found = outputs.hidden_states[POINTING_LAYER][row, column]  # [mentions, hidden]
+        found = functional.rms_norm(found, found.shape[-1:])
+        loss = loss + recipe.point_weight * naming.loss(found[None], words, batch.mentioned[None])
+    return loss, outputs.loss.item()
 
 
 def main() -> None:
@@ -219,15 +245,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=recipe.seed)
     parser.add_argument("--look-steps", type=int, default=recipe.look_steps)
     parser.add_argument("--steps", type=int, default=recipe.talk_steps, help="steps of the talk stage")
+    parser.add_argument("--practise", type=Path, metavar="DIR", help="only the last stage, from the talk stage's file")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     start = time.monotonic()
-    train(
-        Recipe(seed=options.seed, look_steps=options.look_steps, talk_steps=options.steps),
-        options.out,
-        lambda line: print(f"{time.monotonic() - start:6.0f} s  {line}", flush=True),  # noqa: T201 (a script)
-    )
+    recipe = Recipe(seed=options.seed, look_steps=options.look_steps, talk_steps=options.steps)
+
+    def report(line: str) -> None:
+        print(f"{time.monotonic() - start:6.0f} s  {line}", flush=True)  # noqa: T201 (a script)
+
+    if options.practise is None:
+        train(recipe, options.out, report)
+    else:
+        practise(recipe, options.practise, options.out, report)
 
 
 if __name__ == "__main__":

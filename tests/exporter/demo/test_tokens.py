@@ -11,9 +11,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from llava_deploy.engines.contract import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_deploy.exporter.demo.conversations import ConversationWriter
+from llava_deploy.exporter.demo.conversations import ALL_FORMS, ConversationWriter, Course
 from llava_deploy.exporter.demo.scenes import Split, checkpoint_dir, random_scene
 from llava_deploy.exporter.demo.tokens import SPECIAL, SYSTEM, VOCABULARY, save_tokenizer, train_tokenizer
+
+COURSE = Course(rows=1, pictures=1, turns=4, describing=0.3, naming=0.2, weights=ALL_FORMS)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_a_conversation_is_what_encoding_its_text_gives(tokenizer: Tokenizer) ->
     writer = ConversationWriter(tokenizer)
     for _ in range(20):
         scenes = (random_scene(Split.TRAIN, rng), random_scene(Split.TRAIN, rng))
-        conversation = writer.write(scenes, 3, 0.3, rng)
+        conversation = writer.write(scenes, COURSE, rng)
         assert conversation.ids.count(IMAGE_TOKEN_INDEX) == 2
         ids = [image if token == IMAGE_TOKEN_INDEX else token for token in conversation.ids]
         text = tokenizer.decode(ids, skip_special_tokens=False)
@@ -85,7 +87,7 @@ def test_a_conversation_is_what_encoding_its_text_gives(tokenizer: Tokenizer) ->
 
 def test_labels_are_the_answers_and_their_ends(tokenizer: Tokenizer) -> None:
     rng = random.Random(0)
-    conversation = ConversationWriter(tokenizer).write((random_scene(Split.TRAIN, rng),), 4, 0.3, rng)
+    conversation = ConversationWriter(tokenizer).write((random_scene(Split.TRAIN, rng),), COURSE, rng)
     assert len(conversation.ids) == len(conversation.labels)
     kept = [label for label in conversation.labels if label != IGNORE_INDEX]
     assert all(
