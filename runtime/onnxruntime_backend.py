@@ -68,7 +68,8 @@ class OnnxRuntimeDecoder:
     """The decoder graph on the CPU.
 
     The buffers of the cache are allocated once for a batch size; each is one ``OrtValue`` bound as ``past`` and as
-    ``present``, so TensorScatter writes in place and nothing of the cache is copied between tokens.
+    ``present``, so new keys are written in place. A built engine attends to the buffers themselves; the canonical
+    graph's Slice is a copy of what is visible of them, at every step.
     """
 
     def __init__(self, model: Path, shape: DecoderShape, max_len: int, options: OnnxRuntimeOptions) -> None:
