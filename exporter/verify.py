@@ -19,11 +19,12 @@ from PIL import Image
 
 from llava_deploy.engines.contract import HIDDEN_STATES, hidden_state_name, past_name
 from llava_deploy.engines.errors import InputError
-from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, ImageRecipe, Manifest
+from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest
 from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, Precision
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.graphs import decoder_shape, vision_shape
 from llava_deploy.exporter.halves import TOWER_FEATURES
+from llava_deploy.exporter.quantization.plan import weight_formats
 from llava_deploy.exporter.quantization.stored import with_stored_decoder
 from llava_deploy.exporter.reference.pixels import reference_pixels
 from llava_deploy.exporter.reference.splice import SpliceOptions
@@ -38,6 +39,10 @@ from llava_deploy.runtime.tokenize import tokenize_prompt
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "int4": 1e-2, "int4-awq": 1e-2}
 """Largest relative error ``|found - wanted| / |wanted|`` (2-norms) of a position, by the bundle's precision."""
 
+QUANTIZED_TOLERANCE = 0.5
+"""The same, for logits of the bundle's int4 weights against those of the checkpoint's floats: small enough to tell a
+model from another one (unrelated logits are 1.4 apart), no measure of what quantisation costs, which is ``eval``'s."""
+
 INT8_TOLERANCE = 1e-1
 """The same, for logits where ONNX Runtime rounds the activations of each product to 8 bits (accuracy level 4)."""
 
@@ -46,8 +51,9 @@ INT8_TOLERANCE = 1e-1
 class StageResult:
     """One stage: what differs between PyTorch and the bundle, and how far it may.
 
-    ``kind`` is ``pixels``, ``tower``, ``projector``, ``splice``, ``decoder``, ``logits`` or ``tokens``. For pixels the
-    error is in 8-bit levels; for tokens it is the tokens that differ; for the rest it is the relative error.
+    ``kind`` is ``pixels``, ``tower``, ``projector``, ``splice``, ``weights``, ``decoder``, ``logits`` or ``tokens``.
+    For pixels the error is in 8-bit levels; for tokens it is the tokens that differ; for the rest it is the relative
+    error.
     """
 
     name: str
@@ -101,7 +107,8 @@ def verify(
 
     Layer by layer it is the canonical graphs that are compared; features, logits and tokens are also those of what the
     runtime chose to load. PyTorch runs in float32. Of a quantised bundle PyTorch's decoder gets the weights that the
-    bundle's stand for: this is about the graphs; what quantisation costs is :func:`~llava_deploy.runtime.evaluation`'s.
+    bundle's stand for, after a stage that tells whether these are this checkpoint's: exactly where it holds them
+    quantised itself, roughly where it holds floats. What quantisation costs is ``eval``'s to say.
 
     Args:
         checkpoint: the original.
@@ -123,26 +130,20 @@ def verify(
             f"{llava.manifest.model.vision}); give the checkpoint that it was exported from"
         )
     if llava.manifest.quantization is not None:
-        checkpoint = with_stored_decoder(checkpoint, bundle)
-    model = load_torch(checkpoint)
+        with_stored_decoder(checkpoint, bundle)  # other shapes are refused before anything runs
     stages = []
     with torch.inference_mode():
-        for stage in _stages(llava, model, checkpoint.image, bundle, prompt, picture, max_new_tokens):
+        for stage in _stages(llava, checkpoint, bundle, prompt, picture, max_new_tokens):
             stages.append(stage)
             on_stage(stage)
     return VerifyReport(llava.backend, prompt, tuple(stages))
 
 
 def _stages(
-    llava: Llava,
-    model: TorchLlava,
-    recipe: ImageRecipe,
-    bundle: Path,
-    prompt: str,
-    picture: PictureSource,
-    max_new_tokens: int,
+    llava: Llava, checkpoint: Checkpoint, bundle: Path, prompt: str, picture: PictureSource, max_new_tokens: int
 ) -> Iterator[StageResult]:
-    manifest = llava.manifest
+    manifest, recipe = llava.manifest, checkpoint.image
+    model = load_torch(checkpoint)
     tolerance = TOLERANCE[manifest.model.precision]
     image = load_picture(picture)
     pixels = llava.encoder.pixels([image])  # [1, 3, height, width]
@@ -166,6 +167,13 @@ def _stages(
     )
     want = spliced.inputs_embeds
     yield _stage("splice", "splice", embeds, want, tolerance)
+
+    if manifest.quantization is not None:
+        own_logits = _decoder_states(model, want)[1]
+        del model  # before the other one comes
+        model = load_torch(with_stored_decoder(checkpoint, bundle))
+        close = tolerance if weight_formats(checkpoint.tensors) else QUANTIZED_TOLERANCE
+        yield _stage("decoder weights", "weights", _decoder_states(model, want)[1].numpy(), own_logits, close)
 
     seq = embeds.shape[1]
     start = np.zeros(1, np.int64)

@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from llava_deploy.engines.errors import InputError
 from llava_deploy.engines.manifest import MANIFEST_NAME, describe_file, read_manifest
 from llava_deploy.exporter.checkpoint import CheckpointOptions, open_checkpoint
 from llava_deploy.exporter.demo.scenes import Split, examples
 from llava_deploy.exporter.export import export
+from llava_deploy.exporter.quantization.plan import round_to_nearest
+from llava_deploy.exporter.quantization.request import QuantizeOptions
 from llava_deploy.exporter.verify import StageResult, VerifyReport, verify
 
 EXAMPLE = next(iter(examples(Split.HELD_OUT, seed=2)))
@@ -123,3 +126,19 @@ def test_a_preprocessing_constant_off(demo_checkpoint: Path, demo_bundle: Path, 
     image = replace(manifest.image, mean=(manifest.image.mean[0] + 0.02, *manifest.image.mean[1:]))
     (tmp_path / "bundle" / MANIFEST_NAME).write_text(replace(manifest, image=image).to_json())
     assert run(demo_checkpoint, tmp_path / "bundle").first_failure == "pixels"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_of_another_decoder(demo_checkpoint: Path, tmp_path: Path, symmetric: bool) -> None:
+    """Same sizes, same tower, same embeddings: only the linear layers tell."""
+    opened = open_checkpoint(demo_checkpoint, CheckpointOptions())
+    export(round_to_nearest(opened, QuantizeOptions(128, symmetric, "fp16")), tmp_path / "bundle", "int4")
+    assert run(demo_checkpoint, tmp_path / "bundle").ok
+    shutil.copytree(demo_checkpoint, tmp_path / "other")
+    tensors = load_file(tmp_path / "other" / "model.safetensors")
+    for name, values in tensors.items():
+        if "language_model" in name and name.endswith("_proj.weight"):
+            tensors[name] = np.ascontiguousarray(values[::-1])
+    save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    report = run(tmp_path / "other", tmp_path / "bundle")
+    assert report.first_failure == "decoder weights"
