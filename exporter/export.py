@@ -35,8 +35,7 @@ from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD, LlavaConfig
 from llava_deploy.exporter.graphs import Graphs, build_graphs
 from llava_deploy.exporter.halves import decoder_linears
-from llava_deploy.exporter.quantization.plan import weight_formats
-from llava_deploy.exporter.quantization.weight import QuantizedSource, WeightFormat
+from llava_deploy.exporter.quantization.weight import QuantizedSource, WeightFormat, weight_formats
 from llava_deploy.exporter.weights import attach_weights, write_embedding_table
 
 TOOLS = ("llava-deploy", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")

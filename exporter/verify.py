@@ -24,8 +24,8 @@ from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, Precision
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.graphs import decoder_shape, vision_shape
 from llava_deploy.exporter.halves import TOWER_FEATURES
-from llava_deploy.exporter.quantization.plan import weight_formats
 from llava_deploy.exporter.quantization.stored import with_stored_decoder
+from llava_deploy.exporter.quantization.weight import weight_formats
 from llava_deploy.exporter.reference.pixels import reference_pixels
 from llava_deploy.exporter.reference.splice import SpliceOptions
 from llava_deploy.exporter.reference.splice import splice as reference_splice

@@ -106,3 +106,13 @@ def test_importing_the_runtime_is_quick(child_environment: dict[str, str]) -> No
     result = barred(script, child_environment)
     assert result.returncode == 0, result.stderr
     assert not {"jinja2", "rich", "onnxruntime", *FORBIDDEN} & set(result.stdout.split())
+
+
+def test_an_export_of_floats_does_not_wait_for_torch(demo_checkpoint: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom llava_deploy.cli import main\n"
+        f"main(['export', {str(demo_checkpoint)!r}, '-o', {str(tmp_path / 'b')!r}, '-q'], standalone_mode=False)\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

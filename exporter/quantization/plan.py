@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -14,11 +13,6 @@ from llava_deploy.exporter.quantization.request import QuantizeOptions
 from llava_deploy.exporter.quantization.rtn import RoundedTensor, require_form
 from llava_deploy.exporter.quantization.weight import QuantizedSource, WeightFormat
 from llava_deploy.exporter.sources.tensors import TensorSource
-
-
-def weight_formats(tensors: Mapping[str, TensorSource]) -> dict[str, WeightFormat]:
-    """Canonical names of the quantised weights with their formats."""
-    return {name: source.format for name, source in tensors.items() if isinstance(source, QuantizedSource)}
 
 
 def round_to_nearest(checkpoint: Checkpoint, options: QuantizeOptions) -> Checkpoint:
@@ -61,9 +55,11 @@ def require_float(checkpoint: Checkpoint) -> None:
     """Refuse to quantise twice.
 
     Raises:
-        CheckpointError: the checkpoint holds quantised weights.
+        CheckpointError: a weight of the decoder is quantised.
     """
-    held = next((source for source in checkpoint.tensors.values() if isinstance(source, QuantizedSource)), None)
+    names = (*decoder_linears(checkpoint.config), LM_HEAD)
+    sources = (checkpoint.tensors.get(name) for name in names)
+    held = next((source for source in sources if isinstance(source, QuantizedSource)), None)
     if held is not None:
         raise CheckpointError(
             f"{held.origin}: is quantised already, to {held.format.bits} bits; export it with --precision int4 and "

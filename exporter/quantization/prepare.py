@@ -9,11 +9,9 @@ from llava_deploy.engines.errors import InputError
 from llava_deploy.engines.names import Precision
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.config import LM_HEAD
-from llava_deploy.exporter.quantization.awq.calibration import calibration_samples
-from llava_deploy.exporter.quantization.awq.quantize import AwqOptions, awq
-from llava_deploy.exporter.quantization.plan import require_float, round_to_nearest, weight_formats, with_head
+from llava_deploy.exporter.halves import decoder_linears
 from llava_deploy.exporter.quantization.request import QuantizeRequest
-from llava_deploy.exporter.quantization.weight import QuantizedSource
+from llava_deploy.exporter.quantization.weight import QuantizedSource, weight_formats
 
 MOST_TOKENS = 2048
 """Of a calibration sample."""
@@ -44,12 +42,17 @@ def prepare(
     _refuse_useless(precision, request)
     if precision in ("fp32", "fp16"):
         return checkpoint
+    # These import torch, which takes its time and some 250 MB: an export of floats does without.
+    from llava_deploy.exporter.quantization.awq.calibration import calibration_samples
+    from llava_deploy.exporter.quantization.awq.quantize import AwqOptions, awq
+    from llava_deploy.exporter.quantization.plan import require_float, round_to_nearest, with_head
+
     if precision == "int4-awq":
         require_float(checkpoint)
         device = "cpu" if request.device is None else request.device
         options = AwqOptions(request.options(), device, max_tokens=MOST_TOKENS)
         return awq(checkpoint, options, calibration_samples(request.calibration, checkpoint), work, on_layer)
-    if weight_formats(checkpoint.tensors):
+    if weight_formats(checkpoint.tensors).keys() & {*decoder_linears(checkpoint.config), LM_HEAD}:
         _refuse_rounding_again(checkpoint, request)
         return with_head(checkpoint, request.options().head_format)
     return round_to_nearest(checkpoint, request.options())

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.engines.names import QuantizationMethod
+
+if TYPE_CHECKING:
+    from llava_deploy.exporter.sources.tensors import TensorSource
 
 
 @dataclass(frozen=True)
@@ -156,3 +160,8 @@ class QuantizedSource:
     def read(self) -> np.ndarray:
         """The weight that it stands for, float32 ``[out_features, in_features]``."""
         return self.read_quantized().dequantized()
+
+
+def weight_formats(tensors: Mapping[str, TensorSource]) -> dict[str, WeightFormat]:
+    """Canonical names of the quantised weights with their formats."""
+    return {name: source.format for name, source in tensors.items() if isinstance(source, QuantizedSource)}

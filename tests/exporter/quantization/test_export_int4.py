@@ -20,12 +20,12 @@ from llava_deploy.exporter.checkpoint import Checkpoint, open_checkpoint
 from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD
 from llava_deploy.exporter.export import export
 from llava_deploy.exporter.halves import decoder_linears
-from llava_deploy.exporter.quantization.plan import round_to_nearest, weight_formats, with_head
+from llava_deploy.exporter.quantization.plan import round_to_nearest, with_head
 from llava_deploy.exporter.quantization.prepare import prepare
 from llava_deploy.exporter.quantization.request import QuantizeOptions, QuantizeRequest
 from llava_deploy.exporter.quantization.rtn import quantize
 from llava_deploy.exporter.quantization.stored import with_stored_decoder
-from llava_deploy.exporter.quantization.weight import WeightFormat
+from llava_deploy.exporter.quantization.weight import WeightFormat, weight_formats
 from llava_deploy.exporter.verify import verify
 from llava_deploy.runtime import Llava
 
