@@ -34,8 +34,8 @@ from llava_deploy.engines.staging import staged_directory, write_error
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD, LlavaConfig
 from llava_deploy.exporter.graphs import Graphs, build_graphs
-from llava_deploy.exporter.halves import decoder_linears
-from llava_deploy.exporter.quantization.weight import QuantizedSource, WeightFormat, weight_formats
+from llava_deploy.exporter.quantization.held import quantized_in_decoder
+from llava_deploy.exporter.quantization.weight import QuantizedSource
 from llava_deploy.exporter.weights import attach_weights, write_embedding_table
 
 TOOLS = ("llava-deploy", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
@@ -74,9 +74,9 @@ def export(
         LlavaDeployError: the disk is full, or ``output`` cannot be written.
     """
     require_free_name(output, replace=replace)
-    formats = _formats(checkpoint, precision)
-    graphs = build_graphs(checkpoint.config, precision, formats)
-    recipe = _recipe(checkpoint, formats, accuracy_level)
+    kept = _kept(checkpoint, precision)
+    graphs = build_graphs(checkpoint.config, precision, {name: source.format for name, source in kept.items()})
+    recipe = _recipe(kept, accuracy_level) if kept else None
     wanted = _bytes_wanted(checkpoint, graphs)  # now: what is written is no longer counted
     _require_space(wanted, output)
     total = sum(source.nbytes for source in checkpoint.tensors.values())
@@ -134,37 +134,31 @@ def _write(
     return manifest
 
 
-def _formats(checkpoint: Checkpoint, precision: Precision) -> dict[str, WeightFormat]:
+def _kept(checkpoint: Checkpoint, precision: Precision) -> dict[str, QuantizedSource]:
     """The decoder's weights that are to be stored as they are quantised."""
     if precision in ("fp32", "fp16"):
         return {}
-    linears = {*decoder_linears(checkpoint.config), LM_HEAD}
-    formats = {name: form for name, form in weight_formats(checkpoint.tensors).items() if name in linears}
-    if not formats:
+    held = quantized_in_decoder(checkpoint)
+    if not held:
         raise InputError(
             f"{checkpoint.directory}: none of its decoder's weights is quantised, which --precision {precision} wants; "
             "quantise the checkpoint first"
         )
-    return formats
+    return held
 
 
-def _recipe(
-    checkpoint: Checkpoint, formats: Mapping[str, WeightFormat], accuracy_level: AccuracyLevel
-) -> QuantizationRecipe | None:
-    if not formats:
-        return None
+def _recipe(kept: Mapping[str, QuantizedSource], accuracy_level: AccuracyLevel) -> QuantizationRecipe:
     heads: dict[int, HeadPrecision] = {8: "int8", 4: "int4"}
-    head = formats.get(LM_HEAD)
-    others = [form for name, form in formats.items() if name != LM_HEAD]
-    ((form, _),) = Counter(others or formats.values()).most_common(1)
-    sources = (checkpoint.tensors[name] for name in formats)
-    ((method, _),) = Counter(s.method for s in sources if isinstance(s, QuantizedSource)).most_common(1)
+    head = kept.get(LM_HEAD)
+    others = [source for name, source in kept.items() if name != LM_HEAD]
+    ((form, _),) = Counter(source.format for source in others or kept.values()).most_common(1)
+    ((method, _),) = Counter(source.method for source in kept.values()).most_common(1)
     return QuantizationRecipe(
         method=method,
         group_size=form.group_size,
         symmetric=form.symmetric,
-        lm_head="fp16" if head is None else heads[head.bits],
-        weights=len(formats),
+        lm_head="fp16" if head is None else heads[head.format.bits],
+        weights=len(kept),
         accuracy_level=accuracy_level,
     )
 

@@ -24,8 +24,8 @@ from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, Precision
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.graphs import decoder_shape, vision_shape
 from llava_deploy.exporter.halves import TOWER_FEATURES
+from llava_deploy.exporter.quantization.held import quantized_in_decoder
 from llava_deploy.exporter.quantization.stored import with_stored_decoder
-from llava_deploy.exporter.quantization.weight import weight_formats
 from llava_deploy.exporter.reference.pixels import reference_pixels
 from llava_deploy.exporter.reference.splice import SpliceOptions
 from llava_deploy.exporter.reference.splice import splice as reference_splice
@@ -129,19 +129,24 @@ def verify(
             f"{bundle}: made from a model of other sizes than {checkpoint.directory} ({llava.manifest.model.decoder}; "
             f"{llava.manifest.model.vision}); give the checkpoint that it was exported from"
         )
-    if llava.manifest.quantization is not None:
-        with_stored_decoder(checkpoint, bundle)  # other shapes are refused before anything runs
+    stored = None if llava.manifest.quantization is None else with_stored_decoder(checkpoint, bundle)
     stages = []
     with torch.inference_mode():
-        for stage in _stages(llava, checkpoint, bundle, prompt, picture, max_new_tokens):
+        for stage in _stages(llava, checkpoint, stored, prompt, picture, max_new_tokens):
             stages.append(stage)
             on_stage(stage)
     return VerifyReport(llava.backend, prompt, tuple(stages))
 
 
 def _stages(
-    llava: Llava, checkpoint: Checkpoint, bundle: Path, prompt: str, picture: PictureSource, max_new_tokens: int
+    llava: Llava,
+    checkpoint: Checkpoint,
+    stored: Checkpoint | None,
+    prompt: str,
+    picture: PictureSource,
+    max_new_tokens: int,
 ) -> Iterator[StageResult]:
+    """``stored``: the checkpoint with the decoder's weights of a quantised bundle."""
     manifest, recipe = llava.manifest, checkpoint.image
     model = load_torch(checkpoint)
     tolerance = TOLERANCE[manifest.model.precision]
@@ -149,7 +154,7 @@ def _stages(
     pixels = llava.encoder.pixels([image])  # [1, 3, height, width]
     yield _pixel_stage(pixels, reference_pixels(image, recipe), manifest)
 
-    found = _all_outputs(bundle / VISION_GRAPH, {"pixel_values": pixels.astype(manifest.vision.dtype)})
+    found = _all_outputs(llava.directory / VISION_GRAPH, {"pixel_values": pixels.astype(manifest.vision.dtype)})
     states = model.hidden_states(torch.from_numpy(pixels))
     for index in range(len(states)):
         if (name := hidden_state_name(index)) in found:
@@ -168,11 +173,11 @@ def _stages(
     want = spliced.inputs_embeds
     yield _stage("splice", "splice", embeds, want, tolerance)
 
-    if manifest.quantization is not None:
+    if stored is not None:
         own_logits = _decoder_states(model, want)[1]
         del model  # before the other one comes
-        model = load_torch(with_stored_decoder(checkpoint, bundle))
-        close = tolerance if weight_formats(checkpoint.tensors) else QUANTIZED_TOLERANCE
+        model = load_torch(stored)
+        close = tolerance if quantized_in_decoder(checkpoint) else QUANTIZED_TOLERANCE
         yield _stage("decoder weights", "weights", _decoder_states(model, want)[1].numpy(), own_logits, close)
 
     seq = embeds.shape[1]
@@ -186,7 +191,7 @@ def _stages(
         "last_index": np.array([seq - 1]),
         **{past_name(i, part): cache for i in range(manifest.decoder.layers) for part in ("key", "value")},
     }
-    found = _all_outputs(bundle / DECODER_GRAPH, feed)
+    found = _all_outputs(llava.directory / DECODER_GRAPH, feed)
     layers, logits = _decoder_states(model, want)
     for index, state in enumerate(layers, start=1):
         name = hidden_state_name(index)
@@ -195,8 +200,7 @@ def _stages(
 
     llava.decoder.begin(1)
     loaded = prefill(llava.decoder, embeds, 0, batch.lengths)  # [1, vocab]
-    loose = tolerance if manifest.quantization is None else INT8_TOLERANCE
-    yield _stage("logits of what is loaded", "logits", loaded, logits, loose)
+    yield _stage("logits of what is loaded", "logits", loaded, logits, tolerance if stored is None else INT8_TOLERANCE)
     noise = float(np.abs(loaded - logits.numpy()).max())
     yield _token_stage(llava, model, prompt, image, want, noise, max_new_tokens)
 

@@ -22,7 +22,7 @@ FILES = [
     ),
 ]
 
-GROUND_FLOOR = ("contract", "manifest", "names", "errors", "integrity", "engine_manifest", "staging")
+GROUND_FLOOR = ("contract", "manifest", "names", "errors", "integrity", "engine_manifest", "staging", "nibbles")
 EXPORT_ONLY = {
     "torch",
     "transformers",
@@ -42,7 +42,7 @@ THIRD_PARTY = {
     "runtime": {"numpy", "tokenizers", "PIL", "jinja2", "click", "rich", "onnxruntime"},
     "exporter": {"numpy", "tokenizers", "PIL", "rich", "onnxruntime", *EXPORT_ONLY} - {"peft"},
 }
-RUNTIME_MAY = {f"{PACKAGE}.engines.{name}" for name in GROUND_FLOOR} - {f"{PACKAGE}.engines.staging"}
+RUNTIME_MAY = {f"{PACKAGE}.engines.{name}" for name in GROUND_FLOOR if name not in ("staging", "nibbles")}
 MEETS_RUNTIME = {
     "exporter/recipes/chat_recipe.py": "has the runtime's parser read the template that it will render",
     "exporter/quantization/awq/calibration.py": "makes prompts the way that the runtime makes them",

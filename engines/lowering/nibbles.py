@@ -46,14 +46,6 @@ class FlippedNibbles(ir.LazyTensor):
         return ir.PackedTensor(packed, ir.DataType.INT4, shape=self.shape, name=self.name)
 
 
-def nibbles(packed: np.ndarray) -> np.ndarray:
-    """``[rows, columns / 2]`` to ``[rows, columns]``, the even column from the low half of each byte."""
-    values = np.empty((packed.shape[0], 2 * packed.shape[1]), packed.dtype)
-    values[:, 0::2] = packed & 15
-    values[:, 1::2] = packed >> 4
-    return values
-
-
 def group_sums(packed: np.ndarray, group_size: int) -> np.ndarray:
     """Sums of each group's values, uint16 ``[groups, columns]``.
 

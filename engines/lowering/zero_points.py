@@ -43,8 +43,9 @@ import numpy as np
 import onnx_ir as ir
 
 from llava_deploy.engines.errors import BundleError
-from llava_deploy.engines.lowering.nibbles import FlippedNibbles, group_sums, nibbles, packed_bytes
+from llava_deploy.engines.lowering.nibbles import FlippedNibbles, group_sums, packed_bytes
 from llava_deploy.engines.lowering.nodes import NodeList
+from llava_deploy.engines.nibbles import unpack_nibbles
 
 _ROWS = 16  # a group's size is a multiple of it
 
@@ -204,7 +205,7 @@ def _group_terms(
     def compute() -> ir.TensorProtocol:
         scales = np.asarray(scale.numpy())  # [groups, columns]
         sums = group_sums(packed_bytes(weight).reshape(rows, columns // 2), group_size)
-        zeros = nibbles(packed_bytes(zero_point).reshape(groups, columns // 2)).astype(np.float32)
+        zeros = unpack_nibbles(packed_bytes(zero_point).reshape(groups, columns // 2)).astype(np.float32)
         terms = np.empty((groups, 2, columns), scales.dtype)
         with np.errstate(over="ignore"):
             terms[:, 0] = (8 - zeros) * scales

@@ -9,9 +9,10 @@ from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD
 from llava_deploy.exporter.halves import decoder_linears
+from llava_deploy.exporter.quantization.held import quantized_in_decoder
 from llava_deploy.exporter.quantization.request import QuantizeOptions
 from llava_deploy.exporter.quantization.rtn import RoundedTensor, require_form
-from llava_deploy.exporter.quantization.weight import QuantizedSource, WeightFormat
+from llava_deploy.exporter.quantization.weight import WeightFormat
 from llava_deploy.exporter.sources.tensors import TensorSource
 
 
@@ -57,9 +58,7 @@ def require_float(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: a weight of the decoder is quantised.
     """
-    names = (*decoder_linears(checkpoint.config), LM_HEAD)
-    sources = (checkpoint.tensors.get(name) for name in names)
-    held = next((source for source in sources if isinstance(source, QuantizedSource)), None)
+    held = next(iter(quantized_in_decoder(checkpoint).values()), None)
     if held is not None:
         raise CheckpointError(
             f"{held.origin}: is quantised already, to {held.format.bits} bits; export it with --precision int4 and "

@@ -9,9 +9,8 @@ from llava_deploy.engines.errors import InputError
 from llava_deploy.engines.names import Precision
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.config import LM_HEAD
-from llava_deploy.exporter.halves import decoder_linears
+from llava_deploy.exporter.quantization.held import quantized_in_decoder
 from llava_deploy.exporter.quantization.request import QuantizeRequest
-from llava_deploy.exporter.quantization.weight import QuantizedSource, weight_formats
 
 MOST_TOKENS = 2048
 """Of a calibration sample."""
@@ -52,14 +51,15 @@ def prepare(
         device = "cpu" if request.device is None else request.device
         options = AwqOptions(request.options(), device, max_tokens=MOST_TOKENS)
         return awq(checkpoint, options, calibration_samples(request.calibration, checkpoint), work, on_layer)
-    if weight_formats(checkpoint.tensors).keys() & {*decoder_linears(checkpoint.config), LM_HEAD}:
-        _refuse_rounding_again(checkpoint, request)
+    held = quantized_in_decoder(checkpoint)
+    if held:
+        _refuse_rounding_again(checkpoint, request, is_head_held=LM_HEAD in held)
         return with_head(checkpoint, request.options().head_format)
     return round_to_nearest(checkpoint, request.options())
 
 
-def _refuse_rounding_again(checkpoint: Checkpoint, request: QuantizeRequest) -> None:
-    if request.lm_head is not None and isinstance(checkpoint.tensors.get(LM_HEAD), QuantizedSource):
+def _refuse_rounding_again(checkpoint: Checkpoint, request: QuantizeRequest, *, is_head_held: bool) -> None:
+    if request.lm_head is not None and is_head_held:
         raise InputError(
             f"--lm-head: the output layer of {checkpoint.directory} is quantised already and stays as it is; "
             "leave the option out, or take the float checkpoint"

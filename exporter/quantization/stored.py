@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -81,29 +82,34 @@ def with_stored_decoder(checkpoint: Checkpoint, bundle: Path) -> Checkpoint:
     initializers = ir.load(path).graph.initializers
     tensors: dict[str, TensorSource] = dict(checkpoint.tensors)
     for name, value in initializers.items():
-        tensor = value.const_value
-        if tensor is None or not (name in tensors or name == LM_HEAD):
-            continue
-        bits = tensor.dtype.bitwidth
-        if bits > 8:  # a float
-            tensors[name] = BundleTensor(name, path, tuple(tensor.shape.numpy()), (tensor,), None)
-            _require_shape_of(checkpoint, name, tensors[name].shape, bundle)
-            continue
-        found = {suffix: initializers.get(f"{name}_{suffix}") for suffix in ("scale", "zero_point", "permutation")}
-        parts = {suffix: part.const_value for suffix, part in found.items() if part is not None}
-        held = {suffix: values for suffix, values in parts.items() if values is not None}
-        rows, columns = tensor.shape.numpy()
-        form = WeightFormat(
-            bits=4 if bits == 4 else 8,
-            group_size=rows // (math.prod(held["scale"].shape.numpy()) // columns),
-            symmetric="zero_point" not in held,
-            permuted="permutation" in held,
-        )
-        tensors[name] = BundleTensor(name, path, (columns, rows), (tensor, *held.values()), form)
-        _require_shape_of(checkpoint, name, tensors[name].shape, bundle)
+        if value.const_value is not None and (name in tensors or name == LM_HEAD):
+            held = _bundle_tensor(name, value.const_value, initializers, path)
+            _require_shape_of(checkpoint, name, held.shape, bundle)
+            tensors[name] = held
     tied = checkpoint.config.decoder.tie_word_embeddings and LM_HEAD not in tensors
     config = replace(checkpoint.config, decoder=replace(checkpoint.config.decoder, tie_word_embeddings=tied))
     return replace(checkpoint, config=config, tensors=MappingProxyType(tensors))
+
+
+def _bundle_tensor(
+    name: str, tensor: ir.TensorProtocol, initializers: Mapping[str, ir.Value], path: Path
+) -> BundleTensor:
+    shape, bits = tuple(tensor.shape.numpy()), tensor.dtype.bitwidth
+    if bits > 8:  # a float
+        return BundleTensor(name, path, shape, (tensor,), None)
+    parts = [tensor]
+    for suffix in ("scale", "zero_point", "permutation"):
+        part = initializers.get(f"{name}_{suffix}")
+        if part is not None and part.const_value is not None:
+            parts.append(part.const_value)
+    rows, columns = shape
+    form = WeightFormat(
+        bits=4 if bits == 4 else 8,
+        group_size=rows // (math.prod(parts[1].shape.numpy()) // columns),
+        symmetric=f"{name}_zero_point" not in initializers,
+        permuted=f"{name}_permutation" in initializers,
+    )
+    return BundleTensor(name, path, (columns, rows), tuple(parts), form)
 
 
 def _require_shape_of(checkpoint: Checkpoint, name: str, found: tuple[int, ...], bundle: Path) -> None:

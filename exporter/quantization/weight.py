@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.engines.names import QuantizationMethod
-
-if TYPE_CHECKING:
-    from llava_deploy.exporter.sources.tensors import TensorSource
+from llava_deploy.engines.nibbles import unpack_nibbles
 
 
 @dataclass(frozen=True)
@@ -87,20 +84,6 @@ class QuantizedWeight:
         return self.in_features // int(self.scales.shape[0])
 
 
-def pack_nibbles(codes: np.ndarray) -> np.ndarray:
-    """``[rows, columns]`` of 0 to 15 to ``[rows, columns / 2]``, the even column in the low half of each byte."""
-    packed: np.ndarray = codes[:, 0::2] | (codes[:, 1::2] << 4)
-    return packed
-
-
-def unpack_nibbles(packed: np.ndarray) -> np.ndarray:
-    """The inverse of :func:`pack_nibbles`."""
-    codes = np.empty((packed.shape[0], 2 * packed.shape[1]), np.uint8)
-    codes[:, 0::2] = packed & 15
-    codes[:, 1::2] = packed >> 4
-    return codes
-
-
 def require_scales(scales: np.ndarray, origin: str) -> None:
     """Hold scales to what a weight can be made with.
 
@@ -160,8 +143,3 @@ class QuantizedSource:
     def read(self) -> np.ndarray:
         """The weight that it stands for, float32 ``[out_features, in_features]``."""
         return self.read_quantized().dequantized()
-
-
-def weight_formats(tensors: Mapping[str, TensorSource]) -> dict[str, WeightFormat]:
-    """Canonical names of the quantised weights with their formats."""
-    return {name: source.format for name, source in tensors.items() if isinstance(source, QuantizedSource)}

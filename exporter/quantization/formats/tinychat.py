@@ -21,6 +21,7 @@ import numpy as np
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.engines.names import QuantizationMethod
+from llava_deploy.engines.nibbles import pack_nibbles
 from llava_deploy.exporter.layouts import llava, llava_hf
 from llava_deploy.exporter.quantization.formats.assemble import assemble
 from llava_deploy.exporter.quantization.formats.packed import (
@@ -33,7 +34,6 @@ from llava_deploy.exporter.quantization.request import GROUP_SIZES
 from llava_deploy.exporter.quantization.weight import (
     QuantizedWeight,
     WeightFormat,
-    pack_nibbles,
     require_scales,
 )
 from llava_deploy.exporter.sources.tensors import StoredTensor, TensorSource, open_file

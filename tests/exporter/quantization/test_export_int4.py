@@ -25,7 +25,7 @@ from llava_deploy.exporter.quantization.prepare import prepare
 from llava_deploy.exporter.quantization.request import QuantizeOptions, QuantizeRequest
 from llava_deploy.exporter.quantization.rtn import quantize
 from llava_deploy.exporter.quantization.stored import with_stored_decoder
-from llava_deploy.exporter.quantization.weight import WeightFormat, weight_formats
+from llava_deploy.exporter.quantization.weight import QuantizedSource, WeightFormat
 from llava_deploy.exporter.verify import verify
 from llava_deploy.runtime import Llava
 
@@ -42,6 +42,10 @@ VARIETIES = [
 
 def ids(value: Any) -> str:
     return value.lm_head if isinstance(value, QuantizeOptions) else "+".join(value) or "plain"
+
+
+def weight_formats(checkpoint: Checkpoint) -> dict[str, WeightFormat]:
+    return {name: s.format for name, s in checkpoint.tensors.items() if isinstance(s, QuantizedSource)}
 
 
 def opened(make_llava: Any, **text: Any) -> Checkpoint:
@@ -179,7 +183,7 @@ def test_the_output_layer_of_a_quantised_checkpoint(make_llava: Any) -> None:
         (replace(NOTHING, lm_head="int4", group_size=64), WeightFormat(4, 64, symmetric=False, permuted=False)),
     ):
         found = prepare(dense, "int4", lm_head, Path("unused"))
-        assert weight_formats(found.tensors) == {**weight_formats(dense.tensors), LM_HEAD: want}
+        assert weight_formats(found) == {**weight_formats(dense), LM_HEAD: want}
     rounded = round_to_nearest(checkpoint, QuantizeOptions(32, symmetric=False, lm_head="int4"))
     for precision in get_args(HeadPrecision):
         with pytest.raises(InputError, match=r"--lm-head: the output layer of .* is quantised already and stays"):

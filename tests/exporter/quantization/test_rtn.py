@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_deploy.engines.errors import CheckpointError, InputError
+from llava_deploy.engines.nibbles import pack_nibbles, unpack_nibbles
 from llava_deploy.exporter.quantization.rtn import quantize
 from llava_deploy.exporter.quantization.weight import (
     QuantizedWeight,
     WeightFormat,
-    pack_nibbles,
-    unpack_nibbles,
 )
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
