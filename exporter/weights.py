@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
@@ -86,15 +87,16 @@ class _DataFile:
     file: BinaryIO
     path: Path
 
-    def begin(self, length: int) -> int:
-        """Go to where ``length`` bytes are to stand: on the next page, or the next cache line if they fill no page."""
-        position = self.file.tell()
-        alignment = _PAGE if length >= _PAGE else _LINE
-        self.file.write(b"\0" * (-position % alignment))
-        return self.file.tell()
+    @contextmanager
+    def place(self, value: ir.Value) -> Iterator[None]:
+        """Have ``value`` take its data from here on, on the next page, or the next cache line if it fills no page.
 
-    def refer(self, value: ir.Value, offset: int) -> None:
-        """Have ``value`` take its data from ``offset`` on."""
+        The block writes it.
+        """
+        alignment = _PAGE if _length(value) >= _PAGE else _LINE
+        self.file.write(b"\0" * (-self.file.tell() % alignment))
+        offset = self.file.tell()
+        yield
         value.const_value = _external(value, self.path, offset)
 
 
@@ -136,13 +138,11 @@ def attach_weights(model: ir.Model, tensors: Mapping[str, TensorSource], path: P
             elif name == EMBED_TOKENS:
                 value.const_value = _external(value, shared.path, shared.offset)
             elif source is not None:
-                offset = data.begin(_length(value))
-                write_tensor(file, source, _type_of(value)[0].numpy(), progress)
-                data.refer(value, offset)
+                with data.place(value):
+                    write_tensor(file, source, _type_of(value)[0].numpy(), progress)
             elif value.const_value is not None and _length(value) > _INLINE:  # a constant of the graph's own
-                offset = data.begin(_length(value))
-                file.write(value.const_value.tobytes())
-                data.refer(value, offset)
+                with data.place(value):
+                    file.write(value.const_value.tobytes())
 
 
 def _attach_quantized(
@@ -159,10 +159,8 @@ def _attach_quantized(
              "_permutation": weight.permutation}  # fmt: skip
     for suffix, values in parts.items():
         if values is not None:
-            value = initializers[name + suffix]
-            offset = data.begin(_length(value))
-            data.file.write(np.ascontiguousarray(values).data.cast("B"))
-            data.refer(value, offset)
+            with data.place(initializers[name + suffix]):
+                data.file.write(np.ascontiguousarray(values).data.cast("B"))
 
 
 def write_embedding_table(path: Path, source: TensorSource, dtype: np.dtype, progress: Progress) -> SharedTable:

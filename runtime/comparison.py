@@ -62,7 +62,7 @@ class Comparison:
         require_same_tokens(bundles)
         self._questions = questions
         self._options = options
-        self._reports: list[BundleReport] = []
+        self._is_first = True
         self._several = len(bundles) > 1
         self._reference = Reference()
 
@@ -77,7 +77,7 @@ class Comparison:
             PictureError: a picture that cannot be used.
             PromptError: a question longer than the context.
         """
-        meter = AgreementMeter(self._reference) if self._reports else None
+        meter = None if self._is_first else AgreementMeter(self._reference)
 
         def compare(asked: AskedBatch) -> None:
             if meter is not None:
@@ -86,18 +86,16 @@ class Comparison:
                 self._reference.record(llava, asked)
 
         report = evaluate(llava, self._questions, self._options, on_answer, compare)
+        self._is_first = False
         manifest = llava.manifest
-        self._reports.append(
-            BundleReport(
-                bundle=llava.directory,
-                precision=manifest.model.precision,
-                quantization=manifest.quantization,
-                weight_bytes=weight_bytes(manifest),
-                report=report,
-                against_first=None if meter is None else meter.result(),
-            )
+        return BundleReport(
+            bundle=llava.directory,
+            precision=manifest.model.precision,
+            quantization=manifest.quantization,
+            weight_bytes=weight_bytes(manifest),
+            report=report,
+            against_first=None if meter is None else meter.result(),
         )
-        return self._reports[-1]
 
 
 def weight_bytes(manifest: Manifest) -> int:

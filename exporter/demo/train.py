@@ -171,10 +171,8 @@ def _talk(
     groups = [(_eyes(model), recipe.eyes_rate), (_words(model), recipe.talk_rate)]
     stage = _Stage(groups, recipe.talk_steps, recipe.warm_up, recipe)
     for step in range(recipe.talk_steps):
-        batch = conversation_batch(writer, _course(recipe, step, rng), pad, rng)
-        loss, answers_loss = _loss(model, naming, batch, recipe)
-        stage.step(loss)
-        yield answers_loss
+        course = _course(recipe, step, rng)
+        yield _step(model, naming, recipe, stage, conversation_batch(writer, course, pad, rng))
 
 
 def _practise(
@@ -186,9 +184,14 @@ def _practise(
     for _ in range(recipe.practice_steps):
         turns = rng.choice(recipe.turns)
         course = Course(recipe.talk_rows, pictures=1, turns=turns, describing=0.1, naming=0.0, weights=RELATIONS_FIRST)
-        loss, answers_loss = _loss(model, naming, conversation_batch(writer, course, pad, rng), recipe)
-        stage.step(loss)
-        yield answers_loss
+        yield _step(model, naming, recipe, stage, conversation_batch(writer, course, pad, rng))
+
+
+def _step(model: LlavaLlamaForCausalLM, naming: Naming, recipe: Recipe, stage: _Stage, batch: Batch) -> float:
+    """Learn from one batch; the loss of the answers before that."""
+    loss, answers_loss = _loss(model, naming, batch, recipe)
+    stage.step(loss)
+    return answers_loss
 
 
 def _words(model: LlavaLlamaForCausalLM) -> list[nn.Module]:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from llava_deploy.engines.contract import IMAGE_TOKEN_INDEX
 from llava_deploy.engines.errors import InputError, LlavaDeployError, OptionError, PromptError
 from llava_deploy.exporter.checkpoint import Checkpoint
-from llava_deploy.exporter.demo.scenes import Split, describe, examples
+from llava_deploy.exporter.demo.scenes import DESCRIBE, Split, describe, examples
 from llava_deploy.runtime.pictures import PictureSource, load_picture
 from llava_deploy.runtime.preprocess import preprocess_batch
 from llava_deploy.runtime.prompt import images_of, render_chat
@@ -30,7 +30,6 @@ DEMO = "demo"
 DEMO_SAMPLES = 64
 
 _LINE = 'want {"messages": [{"role": "user", "content": text or parts}, ...]} or {"text": text}'
-_ASKED = "What is in the picture?"
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def demo_calibration(checkpoint: Checkpoint, count: int = DEMO_SAMPLES) -> tuple
     maker = _Maker(checkpoint)
     samples = []
     for number, example in enumerate(islice(examples(Split.TRAIN), count), 1):
-        asked: list[dict[str, Any]] = [{"type": "image", "image": example.picture}, {"type": "text", "text": _ASKED}]
+        asked: list[dict[str, Any]] = [{"type": "image", "image": example.picture}, {"type": "text", "text": DESCRIBE}]
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": asked},
             {"role": "assistant", "content": describe(example.scene)},
