@@ -168,26 +168,40 @@ class DecoderShape:
         is the new token whose logits are wanted. ``present.*`` are written in place when they are bound to the buffers
         of ``past.*``.
         """
-        cache = ("batch", self.kv_heads, "max_len", self.head_dim)
+        longest = self.max_positions
+        dims = (*self._dims(max_batch, longest), Dim("max_len", 1, longest, longest))
+        return self._spec((TensorSpec("write_indices", "int64", ("batch",)),), "max_len", "max_len", dims)
+
+    def growing_spec(self, max_batch: int = 64) -> GraphSpec:
+        """The contract of a decoder whose cache grows: ``present`` is ``past`` with the new keys after it.
+
+        Nothing says where a row writes: all rows append at ``past_len``, the mask hides what a shorter row has no use
+        for, and ``position_ids`` are the rows' own. ``total`` is ``past_len + seq``. The past has a slot at least, as
+        no backend is asked for empty tensors: the first step's is one slot, which the mask hides for good.
+        """
+        longest = self.max_positions
+        past = Dim("past_len", 1, max(1, longest // 4), longest)
+        dims = (*self._dims(max_batch, longest + 1), past)
+        return self._spec((), "past_len", "total", dims)
+
+    def _dims(self, max_batch: int, slots: int) -> tuple[Dim, ...]:
+        total = Dim("total", 1, max(1, self.max_positions // 4), slots)
+        return Dim("batch", 1, 1, max_batch), Dim("seq", 1, 1, self.max_positions), total
+
+    def _spec(self, extra: tuple[TensorSpec, ...], past: str, present: str, dims: tuple[Dim, ...]) -> GraphSpec:
         parts = [(i, part) for i in range(self.layers) for part in ("key", "value")]
+        before, after = (("batch", self.kv_heads, length, self.head_dim) for length in (past, present))
         inputs = (
             TensorSpec("inputs_embeds", self.dtype, ("batch", "seq", self.hidden_size)),
             TensorSpec("position_ids", "int64", ("batch", "seq")),
-            TensorSpec("write_indices", "int64", ("batch",)),
+            *extra,
             TensorSpec("attention_mask", "bool", ("batch", 1, "seq", "total")),
             TensorSpec("last_index", "int64", ("batch",)),
-            *(TensorSpec(past_name(i, part), self.dtype, cache) for i, part in parts),
+            *(TensorSpec(past_name(i, part), self.dtype, before) for i, part in parts),
         )
         outputs = (
             TensorSpec("logits", "float32", ("batch", self.vocab_size)),
-            *(TensorSpec(present_name(i, part), self.dtype, cache) for i, part in parts),
-        )
-        longest = self.max_positions
-        dims = (
-            Dim("batch", 1, 1, max_batch),
-            Dim("seq", 1, 1, longest),
-            Dim("total", 1, max(1, longest // 4), longest),
-            Dim("max_len", 1, longest, longest),
+            *(TensorSpec(present_name(i, part), self.dtype, after) for i, part in parts),
         )
         return GraphSpec("decoder", inputs, outputs, dims)
 

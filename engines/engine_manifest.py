@@ -10,15 +10,16 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from llava_deploy.engines.errors import BundleError, OptionError
 from llava_deploy.engines.manifest import FileEntry, Manifest, from_plain
-from llava_deploy.engines.names import AccuracyLevel
+from llava_deploy.engines.names import AccuracyLevel, Backend
+from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 
 ENGINES = "engines"
 ENGINE_MANIFEST = "engine.json"
-ENGINE_FORMAT_VERSION = 1
+ENGINE_FORMAT_VERSION = 2
 LOWERING_VERSION = 2
 """Goes up when a builder makes other graphs of the same bundle, so that older engines are built again."""
 
@@ -30,16 +31,19 @@ class EngineKey:
     Attributes:
         backend: the toolchain.
         version: its version, in full.
-        device: what its files are tuned for: ``cpu`` here.
+        device: what its files are tuned for: ``cpu``, or compute capabilities, ``sm80-sm89``.
         source: :func:`source_digest` of the bundle's graphs and the way that they are lowered.
-        accuracy_level: what ``MatMulNBits`` multiplies in; ``None`` where no weight is quantised.
+        accuracy_level: what ONNX Runtime's ``MatMulNBits`` multiplies in; ``None`` where no weight is quantised, and
+            of TensorRT, which computes in the graph's floats.
+        tensorrt: limits and settings of a TensorRT engine; ``None`` for other backends.
     """
 
-    backend: Literal["onnxruntime"]
+    backend: Backend
     version: str
-    device: Literal["cpu"]
+    device: str
     source: str
     accuracy_level: AccuracyLevel | None
+    tensorrt: TensorRtRecipe | None
 
     @property
     def directory(self) -> str:
@@ -53,6 +57,7 @@ class EngineManifest:
 
     format_version: int
     key: EngineKey
+    tools: dict[str, str]
     files: tuple[FileEntry, ...]
 
     def to_json(self) -> str:

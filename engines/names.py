@@ -7,6 +7,15 @@ from typing import Literal
 Precision = Literal["fp32", "fp16", "int4", "int4-awq"]
 """Of a bundle: fp32 and fp16 throughout, or fp16 with the decoder's weights in int4."""
 
+Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+"""What runs the graphs. ``tensorrt-rtx`` is TensorRT for RTX: the same API, engines compiled for the GPU on it."""
+
+CacheForm = Literal["in-place", "growing"]
+"""How a decoder keeps keys and values: written into buffers of a fixed length, or each step's appended to the last's.
+
+``growing`` is for versions of TensorRT without an operator that writes into a buffer.
+"""
+
 Conversation = Literal["vicuna_v1", "llama_2", "mistral", "plain"]
 """The built-in conversation formats, by LLaVA's names."""
 

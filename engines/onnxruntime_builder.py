@@ -9,6 +9,7 @@ layouts are for the processor that it ran on.
 from __future__ import annotations
 
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 from llava_deploy.engines.engine_manifest import (
@@ -54,7 +55,7 @@ def build_onnxruntime(bundle: Path, *, accuracy_level: AccuracyLevel | None = No
             f"ONNX Runtime cannot be imported ({error}); install it with: pip install 'llava-deploy[cpu]'"
         ) from error
     level = resolved_accuracy_level(manifest, accuracy_level)
-    key = EngineKey("onnxruntime", onnxruntime.__version__, "cpu", source_digest(manifest), level)
+    key = EngineKey("onnxruntime", onnxruntime.__version__, "cpu", source_digest(manifest), level, None)
     output = bundle / key.directory
     if not replace and _is_current(output, key):
         return output
@@ -93,7 +94,8 @@ def _build(bundle: Path, decoder: bytes, key: EngineKey, staging: Path) -> None:
             ) from error
         paths += [path for path in (name, external) if (staging / path).exists()]
     files = tuple(describe_file(staging, path) for path in paths)
-    text = EngineManifest(ENGINE_FORMAT_VERSION, key, files).to_json()
+    tools = {name: version(name) for name in ("llava-deploy", "onnx-ir")}
+    text = EngineManifest(ENGINE_FORMAT_VERSION, key, tools, files).to_json()
     (staging / ENGINE_MANIFEST).write_text(text, encoding="utf-8")
 
 

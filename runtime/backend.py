@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import numpy as np
+
+
+class DeviceFeatures(Protocol):
+    """Features of one picture, ``[patches, hidden]``, in the memory of the device that encoded it."""
+
+    def numpy(self) -> np.ndarray:
+        """A copy on the host, in the graph's dtype; waits for the device."""
+
+
+ImageFeatures: TypeAlias = "np.ndarray | DeviceFeatures"
+"""Of one picture, ``[patches, hidden]``."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where rows of a picture's features on the device go in ``inputs_embeds``, which holds zeros there.
+
+    Attributes:
+        row: of the batch.
+        at: the first token of ``seq`` that they are put in the place of.
+        features: of the picture.
+        first: the first of its rows, and so many of them.
+    """
+
+    row: int
+    at: int
+    features: DeviceFeatures
+    first: int
+    count: int
 
 
 class VisionSession(Protocol):
     """The vision graph, loaded."""
 
-    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
-        """``[images, 3, height, width]`` to image features ``[images, patches, hidden]``, both in the graph's dtype."""
+    def encode(self, pixel_values: np.ndarray) -> Sequence[ImageFeatures] | np.ndarray:
+        """``[images, 3, height, width]`` to image features ``[images, patches, hidden]``.
+
+        Any float dtype comes in; the features are in the graph's. They may stay on the device, a
+        :class:`DeviceFeatures` a picture.
+        """
 
 
 class DecoderSession(Protocol):
@@ -20,16 +55,31 @@ class DecoderSession(Protocol):
     max_len: int
     """Slots of the cache: no row's context grows past it."""
 
-    def begin(self, batch: int) -> None:
-        """Have a cache for ``batch`` rows; the contents of one that is kept from before stay valid."""
+    max_seq: int
+    """New tokens of a row that one step takes."""
 
-    def step(self, inputs_embeds: np.ndarray, write_indices: np.ndarray, last_index: np.ndarray) -> np.ndarray:
+    def begin(self, batch: int) -> None:
+        """Have a cache for ``batch`` rows; the contents of one that is kept from before stay valid.
+
+        Raises:
+            OptionError: more rows than the backend takes at once.
+            BackendError: no memory for it.
+        """
+
+    def step(
+        self,
+        inputs_embeds: np.ndarray,
+        write_indices: np.ndarray,
+        last_index: np.ndarray,
+        pictures: Sequence[Placement] = (),
+    ) -> np.ndarray:
         """Write new tokens into the cache and give the logits after one of them for each row.
 
         Args:
             inputs_embeds: ``[batch, seq, hidden]`` in the graph's dtype.
             write_indices: int64 ``[batch]``: the slot, and the position, of each row's first new token.
             last_index: int64 ``[batch]``: the new token of each row whose logits are wanted.
+            pictures: features that are on the device already, put into ``inputs_embeds`` there.
 
         Returns:
             float32 ``[batch, vocab]``; valid until the next call.

@@ -34,7 +34,7 @@ def choose_onnxruntime(
         OptionError: an accuracy level for a bundle in which nothing is quantised.
     """
     level = resolved_accuracy_level(bundle.manifest, accuracy_level)
-    key = EngineKey("onnxruntime", version, "cpu", source_digest(bundle.manifest), level)
+    key = EngineKey("onnxruntime", version, "cpu", source_digest(bundle.manifest), level, None)
     directory = bundle.directory / key.directory
     name = f"ONNX Runtime {version} on the CPU, "
     if not directory.is_dir():

@@ -22,7 +22,10 @@ FILES = [
     ),
 ]
 
-GROUND_FLOOR = ("contract", "manifest", "names", "errors", "integrity", "engine_manifest", "staging", "nibbles")
+GROUND_FLOOR = (
+    *("contract", "manifest", "names", "errors", "integrity", "engine_manifest", "staging", "nibbles"),
+    *("tensorrt_recipe", "tensorrt_module"),
+)
 EXPORT_ONLY = {
     "torch",
     "transformers",
