@@ -19,6 +19,8 @@ from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 
 ENGINES = "engines"
 ENGINE_MANIFEST = "engine.json"
+VISION_PLAN = "vision.plan"
+DECODER_PLAN = "decoder.plan"
 ENGINE_FORMAT_VERSION = 2
 LOWERING_VERSION = 2
 """Goes up when a builder makes other graphs of the same bundle, so that older engines are built again."""
