@@ -54,7 +54,8 @@ $(VENV)/demo.stamp: $(set_up)
 	$(pip) -e '.[cpu,export]'
 	@touch $@
 
+# TensorRT for RTX builds engines without a GPU, so the tests build them.
 $(VENV)/dev.stamp: $(set_up)
-	@echo "Installing into $(VENV): some hundred megabytes, a few minutes the first time"
-	$(pip) -e '.[cpu,export,dev]'
+	@echo "Installing into $(VENV): about a gigabyte, some minutes the first time"
+	$(pip) -e '.[cpu,export,rtx,dev]'
 	@touch $(VENV)/demo.stamp $@
