@@ -166,7 +166,7 @@ def _stages(
 
     ids = tokenize_prompt(prompt, llava.encoder.tokenizer, manifest.chat)
     batch = llava.encoder.encode([prompt], [[image]], llava.max_len)
-    embeds = batch.inputs_embeds  # [1, seq, hidden]
+    embeds = batch.tokens.on_host()  # [1, seq, hidden]
     spliced = reference_splice(
         torch.from_numpy(ids)[None], None, None, None, list(features), embed=model.embed, options=SpliceOptions()
     )
@@ -199,7 +199,7 @@ def _stages(
     yield _stage("logits", "logits", found["logits"], logits, tolerance)
 
     llava.decoder.begin(1)
-    loaded = prefill(llava.decoder, embeds, 0, batch.lengths)  # [1, vocab]
+    loaded = prefill(llava.decoder, batch.tokens)  # [1, vocab]
     yield _stage("logits of what is loaded", "logits", loaded, logits, tolerance if stored is None else INT8_TOLERANCE)
     noise = float(np.abs(loaded - logits.numpy()).max())
     yield _token_stage(llava, model, prompt, image, want, noise, max_new_tokens)

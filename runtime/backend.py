@@ -41,6 +41,9 @@ class Placement:
 class VisionSession(Protocol):
     """The vision graph, loaded."""
 
+    max_images: int
+    """Pictures that one call takes: bounds its activations, whatever the number of pictures."""
+
     def encode(self, pixel_values: np.ndarray) -> Sequence[ImageFeatures] | np.ndarray:
         """``[images, 3, height, width]`` to image features ``[images, patches, hidden]``.
 

@@ -7,6 +7,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from llava_deploy.runtime.backend import ImageFeatures
+
 FEATURES_KEPT = 16
 """Pictures whose features are kept; the one used longest ago goes first."""
 
@@ -15,17 +17,17 @@ class FeatureCache:
     """Image features ``[patches, hidden]`` by picture digest: a picture of an earlier turn is not encoded again."""
 
     def __init__(self) -> None:
-        self._features: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._features: OrderedDict[bytes, ImageFeatures] = OrderedDict()
 
-    def get(self, digest: bytes) -> np.ndarray | None:
+    def get(self, digest: bytes) -> ImageFeatures | None:
         """What is known of a picture."""
         if digest in self._features:
             self._features.move_to_end(digest)
         return self._features.get(digest)
 
-    def put(self, digest: bytes, features: np.ndarray) -> None:
-        """Keep a picture's features, in an array of their own: a view would keep all that was encoded with it."""
-        self._features[digest] = features.copy()
+    def put(self, digest: bytes, features: ImageFeatures) -> None:
+        """Keep a picture's features; an array as a copy, as a view would keep all that was encoded with it."""
+        self._features[digest] = features.copy() if isinstance(features, np.ndarray) else features
         while len(self._features) > FEATURES_KEPT:
             self._features.popitem(last=False)
 

@@ -14,16 +14,13 @@ from tokenizers import Tokenizer
 from llava_deploy.engines.contract import IMAGE_TOKEN_INDEX
 from llava_deploy.engines.errors import BundleError, PromptError
 from llava_deploy.engines.manifest import EMBEDDING_TABLE, TOKENIZER
-from llava_deploy.runtime.backend import VisionSession
+from llava_deploy.runtime.backend import ImageFeatures, VisionSession
 from llava_deploy.runtime.bundle import Bundle
 from llava_deploy.runtime.context import FeatureCache
+from llava_deploy.runtime.new_tokens import NewTokens, splice_rows
 from llava_deploy.runtime.pictures import PictureSource, load_picture, picture_digest
 from llava_deploy.runtime.preprocess import preprocess_batch
-from llava_deploy.runtime.splice import SpliceOptions, splice
 from llava_deploy.runtime.tokenize import tokenize_prompt
-
-PICTURES_AT_ONCE = 16
-"""Pictures in one run of the vision graph: bounds its activations, whatever the number of pictures."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +28,13 @@ class EncodedBatch:
     """A batch of prompts, ready for the decoder, and the seconds that it took.
 
     Attributes:
-        inputs_embeds: ``[batch, seq, hidden]`` in the decoder's dtype, rows padded right.
-        lengths: int64 ``[batch]``, each row's own tokens.
+        tokens: all of them, none in the cache.
         seen_ids: each row's token ids, a picture as the placeholder's id where that has one: what transformers' logits
             processors see of a prompt.
         slots: what each token of the first row was computed from: its id, or its picture's digest and feature row.
     """
 
-    inputs_embeds: np.ndarray
-    lengths: np.ndarray
+    tokens: NewTokens
     seen_ids: list[list[int]]
     slots: list[Hashable]
     preprocess_seconds: float
@@ -128,12 +123,12 @@ class PromptEncoder:
         digests = [[picture_digest(picture) for picture in row] for row in pictures]
         laps.end("preprocess")
         features = self._features_of(dict(zip(chain(*digests), chain(*pictures), strict=True)), laps)
-        inputs_embeds = self._splice(ids, [[features[digest] for digest in row] for row in digests])
+        wanted = [[features[digest] for digest in row] for row in digests]
+        embeds, placements = splice_rows(ids, wanted, self._manifest.vision.patches, self.embed)
         slots = self._slots(ids[0], digests[0])
         laps.end("splice")
         return EncodedBatch(
-            inputs_embeds=inputs_embeds,
-            lengths=np.array(lengths),
+            tokens=NewTokens(embeds, placements, 0, np.array(lengths)),
             seen_ids=[self._seen(row) for row in ids],
             slots=slots,
             preprocess_seconds=laps.seconds["preprocess"],
@@ -141,13 +136,13 @@ class PromptEncoder:
             splice_seconds=laps.seconds["splice"],
         )
 
-    def _features_of(self, pictures: Mapping[bytes, Image.Image], laps: _Laps) -> dict[bytes, np.ndarray]:
+    def _features_of(self, pictures: Mapping[bytes, Image.Image], laps: _Laps) -> dict[bytes, ImageFeatures]:
         """Features ``[patches, hidden]`` of each picture; those not known are encoded, some at a time."""
         known = {digest: self._features.get(digest) for digest in pictures}
         found = {digest: features for digest, features in known.items() if features is not None}
         unknown = [digest for digest in pictures if digest not in found]
-        for at in range(0, len(unknown), PICTURES_AT_ONCE):
-            group = unknown[at : at + PICTURES_AT_ONCE]
+        for at in range(0, len(unknown), self.vision.max_images):
+            group = unknown[at : at + self.vision.max_images]
             pixels = self.pixels([pictures[digest] for digest in group])
             laps.end("preprocess")
             encoded = self.vision.encode(pixels)  # [group, patches, hidden]
@@ -185,18 +180,6 @@ class PromptEncoder:
                 "larger max_len (--max-len) where the model allows"
             )
         return length
-
-    def _splice(self, ids: list[np.ndarray], features: list[list[np.ndarray]]) -> np.ndarray:
-        longest = max(len(row) for row in ids)
-        batch = np.zeros((len(ids), longest), np.int64)
-        mask = np.zeros((len(ids), longest), bool)
-        for index, row in enumerate(ids):
-            batch[index, : len(row)] = row
-            mask[index, : len(row)] = True
-        # In the splice, a row of text uses up one image's place: give it one that is empty.
-        empty = np.zeros((0, self._table.shape[1]), self._table.dtype)
-        runs = [run for row in features for run in (row or [empty])]
-        return splice(batch, None, mask, None, runs, embed=self.embed, options=SpliceOptions()).inputs_embeds
 
     def _seen(self, ids: np.ndarray) -> list[int]:
         placeholder = self._manifest.chat.image_token_id

@@ -11,11 +11,9 @@ import numpy as np
 from llava_deploy.engines.errors import LlavaDeployError, OptionError, PromptError
 from llava_deploy.runtime.answers import FinishReason
 from llava_deploy.runtime.backend import DecoderSession
+from llava_deploy.runtime.new_tokens import NewTokens
 from llava_deploy.runtime.sampling import Sampler
 from llava_deploy.runtime.textstream import TextStream
-
-PREFILL_CHUNK = 1024
-"""Prompt tokens in one run of the decoder: bounds its activations, whatever the prompt's length."""
 
 
 @dataclass(frozen=True)
@@ -92,22 +90,19 @@ class Generation:
 
     def steps(
         self,
-        inputs_embeds: np.ndarray,
-        reused: int,
+        prompts: NewTokens,
         embed: Callable[[np.ndarray], np.ndarray],
         on_written: Callable[[int], None],
     ) -> Iterator[None]:
         """Yield after every token that was chosen for the rows still running.
 
         Args:
-            inputs_embeds: ``[batch, seq, hidden]``, the prompts without their first ``reused`` tokens, padded right.
-            reused: tokens at the start of every row that the cache holds already.
+            prompts: what the cache does not hold of them yet.
             embed: int64 ids ``[batch]`` to embeddings ``[batch, hidden]``.
             on_written: called with the first row's token after each decode step that wrote it into the cache.
         """
         began = time.perf_counter()
-        lengths = np.array([row.length for row in self.rows])
-        chosen = self._choose(prefill(self._decoder, inputs_embeds, reused, lengths - reused))
+        chosen = self._choose(prefill(self._decoder, prompts))
         self.first_token_at = time.perf_counter()
         self.prefill_seconds = self.first_token_at - began
         yield
@@ -133,25 +128,23 @@ class Generation:
         return chosen
 
 
-def prefill(decoder: DecoderSession, inputs_embeds: np.ndarray, start: int, lengths: np.ndarray) -> np.ndarray:
+def prefill(decoder: DecoderSession, prompts: NewTokens) -> np.ndarray:
     """Write prompts into the cache, some tokens at a time, and give the logits after each row's last one.
 
     Args:
-        decoder: has a cache for the batch, and ``start`` tokens of every row in it.
-        inputs_embeds: ``[batch, seq, hidden]``, rows padded right.
-        start: slot of the first token.
-        lengths: int64 ``[batch]``, each row's own tokens in ``inputs_embeds``, 1 at least.
+        decoder: has a cache for the batch, and all of the prompts in it that comes before these tokens.
+        prompts: the rest of them.
 
     Returns:
         float32 ``[batch, vocab]``.
     """
-    batch, seq, _ = inputs_embeds.shape
+    batch, seq, _ = prompts.inputs_embeds.shape
     logits = np.empty((0, 0), np.float32)
-    for at in range(0, seq, PREFILL_CHUNK):
-        piece = inputs_embeds[:, at : at + PREFILL_CHUNK]
-        last = lengths - 1 - at
+    for at in range(0, seq, decoder.max_seq):
+        piece, pictures = prompts.part(at, at + decoder.max_seq)
+        last = prompts.lengths - 1 - at
         ends = (last >= 0) & (last < piece.shape[1])
-        found = decoder.step(piece, np.full(batch, start + at), np.where(ends, last, 0))
+        found = decoder.step(piece, np.full(batch, prompts.start + at), np.where(ends, last, 0), pictures)
         if not logits.size:
             logits = np.empty(found.shape, found.dtype)
         logits[ends] = found[ends]
@@ -160,19 +153,15 @@ def prefill(decoder: DecoderSession, inputs_embeds: np.ndarray, start: int, leng
 
 def logits_along(
     decoder: DecoderSession,
-    inputs_embeds: np.ndarray,
-    start: int,
-    lengths: np.ndarray,
+    prompts: NewTokens,
     answers: Sequence[Sequence[int]],
     embed: Callable[[np.ndarray], np.ndarray],
 ) -> Iterator[np.ndarray]:
     """Read answers that are given, and yield the logits after each of their prefixes (teacher forcing).
 
     Args:
-        decoder: as for :func:`prefill`, also ``start``.
-        inputs_embeds: ``[batch, seq, hidden]``, the prompts without their first ``start`` tokens, padded right.
-        start: see there.
-        lengths: int64 ``[batch]``, tokens of each prompt, the first ``start`` included.
+        decoder: as for :func:`prefill`, also ``prompts``.
+        prompts: see there.
         answers: token ids for each row.
         embed: int64 ids ``[batch]`` to embeddings ``[batch, hidden]``.
 
@@ -183,12 +172,13 @@ def logits_along(
     Raises:
         PromptError: not an answer a row, or one that is empty, too long for the context, or not in the vocabulary.
     """
+    lengths = prompts.start + prompts.lengths
     if len(answers) != len(lengths):
         raise PromptError(f"answers: want one a prompt, {len(lengths)}, got {len(answers)}")
     for index, (answer, most) in enumerate(zip(answers, (decoder.max_len + 1 - lengths).tolist(), strict=True)):
         if not 1 <= len(answer) <= most:
             raise PromptError(f"answer {index}: want 1 to {most} tokens, which fit the context, got {len(answer)}")
-    yield prefill(decoder, inputs_embeds, start, lengths - start)
+    yield prefill(decoder, prompts)
     last_index = np.zeros(len(answers), np.int64)
     for count in range(1, max(map(len, answers))):
         # A row whose answer has no more writes its last token again, to the same slot.

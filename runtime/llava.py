@@ -190,11 +190,9 @@ class Llava:
         """
         batch = self.encoder.encode(prompts, images, self.decoder.max_len)
         reused = self._claim_cache(batch)
-        call, embeds = self._call, batch.inputs_embeds[:, reused:]
-        for count, logits in enumerate(
-            logits_along(self.decoder, embeds, reused, batch.lengths, answers, self.encoder.embed)
-        ):
-            if len(batch.lengths) == 1:
+        call, prompts = self._call, batch.tokens.after(reused)
+        for count, logits in enumerate(logits_along(self.decoder, prompts, answers, self.encoder.embed)):
+            if len(prompts.lengths) == 1:
                 self._context.extend((answers[0][count - 1],) if count else batch.slots[reused:])
             yield logits
             self._require_latest(call)
@@ -210,7 +208,7 @@ class Llava:
         stops = (*self.manifest.chat.stop_strings, *stop)
         rows = [
             Row(TextStream(self.encoder.tokenizer, stops), history, length)
-            for history, length in zip(batch.seen_ids, batch.lengths.tolist(), strict=True)
+            for history, length in zip(batch.seen_ids, batch.tokens.lengths.tolist(), strict=True)
         ]
         sampler = Sampler(sampling, len(rows))
         reused = self._claim_cache(batch)
@@ -219,10 +217,10 @@ class Llava:
     def _claim_cache(self, batch: EncodedBatch) -> int:
         """Take the cache for a new call; how many tokens at the batch's start it holds already."""
         self._call += 1
-        single = len(batch.lengths) == 1
+        single = len(batch.tokens.lengths) == 1
         if not single:
             self._context.clear()  # first: the old cache is gone even where there is no room for the new one
-        self.decoder.begin(len(batch.lengths))
+        self.decoder.begin(len(batch.tokens.lengths))
         return self._context.reuse(batch.slots) if single else 0
 
     def _steps(self, generation: Generation, batch: EncodedBatch, reused: int, call: int) -> Iterator[None]:
@@ -235,9 +233,7 @@ class Llava:
             if single:
                 self._context.extend((token,))
 
-        for count, _ in enumerate(
-            generation.steps(batch.inputs_embeds[:, reused:], reused, self.encoder.embed, written)
-        ):
+        for count, _ in enumerate(generation.steps(batch.tokens.after(reused), self.encoder.embed, written)):
             if single and not count:
                 self._context.extend(batch.slots[reused:])
             yield
@@ -274,7 +270,7 @@ def _timings(generation: Generation, batch: EncodedBatch, row: int, reused: int,
         prefill=generation.prefill_seconds,
         decode=generation.decode_seconds,
         ttft=generation.first_token_at - began,
-        prompt_tokens=int(batch.lengths[row]),
+        prompt_tokens=int(batch.tokens.lengths[row]),
         reused_tokens=reused,
         new_tokens=len(generation.rows[row].new_tokens),
     )

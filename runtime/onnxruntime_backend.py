@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +12,15 @@ import numpy as np
 from llava_deploy.engines.contract import DecoderShape, VisionShape, past_name, present_name
 from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, AccuracyLevel
-from llava_deploy.runtime.backend import step_mask, step_positions
+from llava_deploy.runtime.backend import Placement, step_mask, step_positions
+from llava_deploy.runtime.new_tokens import with_features
 
 if TYPE_CHECKING:
     import onnxruntime
 
 
+_IMAGES_AT_ONCE = 16
+_PREFILL_CHUNK = 1024  # tokens of a prompt in one run: bounds its activations, whatever the prompt's length
 _VERIFY = "do the bundle's manifest and graphs belong together? Hold it against its checkpoint: llava-deploy verify"
 MOST_THREADS = 1024
 """ONNX Runtime starts as many as it is told to, and the process ends where the system gives no more."""
@@ -52,6 +56,7 @@ class OnnxRuntimeVision:
         self._session = _open(model, options)
         self._shape = shape
         self._spec = shape.spec()
+        self.max_images = _IMAGES_AT_ONCE
 
     def encode(self, pixel_values: np.ndarray) -> np.ndarray:
         """``[images, 3, height, width]`` to ``[images, patches, hidden]``; see :class:`VisionSession`."""
@@ -77,6 +82,7 @@ class OnnxRuntimeDecoder:
         self._session = _open(model, options)
         self._shape = shape
         self.max_len = max_len
+        self.max_seq = min(_PREFILL_CHUNK, max_len)
         self._batch = 0
 
     def begin(self, batch: int) -> None:
@@ -108,11 +114,17 @@ class OnnxRuntimeDecoder:
             raise BackendError(f"the decoder's cache cannot be bound: {_cause(error)}; {_VERIFY}") from error
         self._batch = batch
 
-    def step(self, inputs_embeds: np.ndarray, write_indices: np.ndarray, last_index: np.ndarray) -> np.ndarray:
+    def step(
+        self,
+        inputs_embeds: np.ndarray,
+        write_indices: np.ndarray,
+        last_index: np.ndarray,
+        pictures: Sequence[Placement] = (),
+    ) -> np.ndarray:
         """Run the decoder over new tokens; see :class:`DecoderSession`."""
         seq = inputs_embeds.shape[1]
         feed = {
-            "inputs_embeds": inputs_embeds,
+            "inputs_embeds": with_features(inputs_embeds, pictures),
             "position_ids": step_positions(write_indices, seq),
             "write_indices": write_indices,
             "attention_mask": step_mask(write_indices, seq),

@@ -17,7 +17,7 @@ from PIL import Image
 from llava_deploy.engines.errors import BackendError, BundleError, InputError, PromptError
 from llava_deploy.engines.manifest import MANIFEST_NAME
 from llava_deploy.exporter.demo.scenes import Split, examples
-from llava_deploy.runtime import Integrity, Llava, Piece, SamplingOptions, generation
+from llava_deploy.runtime import Integrity, Llava, Piece, SamplingOptions
 
 QUESTION = "USER: <image>\n{} ASSISTANT:"
 
@@ -213,7 +213,7 @@ def test_batch_is_each_alone(llava: Llava, scenes: list[Any]) -> None:
 def test_prefill_in_pieces(llava: Llava, scenes: list[Any], monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     prompts = [QUESTION.format(scenes[0][1]), "short"]
     whole = llava.generate(prompts, [[scenes[0][0]], []], max_new_tokens=8)
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(llava.decoder, "max_seq", chunk)
     pieces = llava.generate(prompts, [[scenes[0][0]], []], max_new_tokens=8)
     assert [answer.token_ids for answer in pieces] == [answer.token_ids for answer in whole]
 
