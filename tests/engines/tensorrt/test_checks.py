@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorrt_rtx as trt
 
 from llava_deploy.engines.contract import Dim, GraphSpec, TensorSpec
 from llava_deploy.engines.errors import BackendError
 from llava_deploy.engines.tensorrt.checks import ExpectedLayers, check_network, expected_decoder, with_sizes
-
-trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is in the dev extra")
 
 HEADS, HEAD_DIM, SLOTS = 2, 16, 64
 SIZE = HEADS * HEAD_DIM
