@@ -2,10 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
+
+_CACHE = ("past.", "present.")
+
+
+def cache_values(graph: ir.Graph) -> list[ir.Value]:
+    """A decoder's inputs and outputs that are its cache, ``[batch, kv_heads, slots, head_dim]``."""
+    return [value for value in (*graph.inputs, *graph.outputs) if str(value.name).startswith(_CACHE)]
+
+
+def constant_integers(value: ir.Value | None) -> list[int] | None:
+    """What an integer constant holds; ``None`` where ``value`` is none."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    return [int(size) for size in value.const_value.numpy().reshape(-1)]
+
+
+def static_size(value: ir.Value, axis: int) -> int:
+    """A size that a pass's ``requires`` has seen to be known.
+
+    Raises:
+        InvariantError: it is not.
+    """
+    size = None if value.shape is None else value.shape[axis]
+    if not isinstance(size, int):
+        raise ir.passes.InvariantError(f"value {value.name!r}: want a known size on axis {axis}, got {value.shape}")
+    return size
+
+
+def attribute_problem(node: ir.Node, **allowed: int | None) -> str | None:
+    """What is wrong with a node's attributes; ``allowed`` are their only values, ``None`` for any."""
+    for name, attribute in node.attributes.items():
+        if name not in allowed:
+            return f"it has an attribute {name}"
+        if allowed[name] is not None and attribute.value != allowed[name]:
+            return f"want {name} {allowed[name]}, got {attribute.value}"
+    return None
+
+
+def lowered(model: ir.Model, op_type: str, lower: Callable[[ir.Graph, ir.Node], None]) -> ir.passes.PassResult:
+    """Call ``lower`` for every node of that type in the graph, which takes its place."""
+    nodes = [node for node in model.graph if node.op_type == op_type]
+    for node in nodes:
+        lower(model.graph, node)
+    return ir.passes.PassResult(model, modified=bool(nodes))
+
+
+def require_gone(model: ir.Model, op_type: str) -> None:
+    """Raise a :class:`PostconditionError` where one is left, in the graph or a subgraph."""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.op_type == op_type:
+            raise ir.passes.PostconditionError(f"node {node.name!r}: {op_type} is there still")
 
 
 class NodeList:
@@ -34,7 +85,12 @@ class NodeList:
 
     def float32(self, value: float) -> ir.Value:
         """A float32 scalar."""
-        return self._constant(f"lowering.float32_{value!r}", np.array(value, np.float32))
+        return self.scalar(value, ir.DataType.FLOAT)
+
+    def scalar(self, value: float, dtype: ir.DataType) -> ir.Value:
+        """A scalar of a float dtype."""
+        kind = dtype.numpy()
+        return self._constant(f"lowering.{kind}_{value!r}", np.array(value, kind))
 
     def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         """A new constant, ``{prefix}.{name}``."""
@@ -49,6 +105,25 @@ class NodeList:
         """Put what was added into the graph, in front of ``node``."""
         self._graph.insert_before(node, self._nodes)
         self._nodes = []
+
+    def take_place_of(self, node: ir.Node, result: ir.Value) -> None:
+        """Put what was added in the place of ``node``; ``result``, one of it, becomes the node's output, name and all.
+
+        Args:
+            node: has one output.
+            result: made by a node of this list.
+        """
+        (old,) = node.outputs
+        graph, name = self._graph, old.name
+        result.type, result.shape = old.type, old.shape
+        self.insert_before(node)
+        for user, index in [*old.uses()]:
+            user.replace_input_with(index, result)
+        for index, output in enumerate(graph.outputs):
+            if output is old:
+                graph.outputs[index] = result
+        graph.remove(node, safe=True)
+        old.name, result.name = None, name
 
     def _constant(self, name: str, values: np.ndarray) -> ir.Value:
         if name in self._graph.initializers:
