@@ -27,6 +27,8 @@ from llava_deploy.exporter.demo.scenes import checkpoint_dir
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 SHARD = 2_000_000_000  # bytes
+VISION_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+"""CLIP ViT-L."""
 
 COPY = """
 import shutil, sys, time
@@ -52,28 +54,36 @@ print(seconds, *(int(line.split()[1]) * 1024 for line in status if line.startswi
 """
 
 
-def write_checkpoint(directory: Path, layers: int) -> int:
-    """Write the checkpoint, weights from a normal distribution; the bytes of its weights."""
-    directory.mkdir()
+def llava(vision: dict[str, int], decoder: dict[str, int]) -> LlavaConfig:
+    """A LLaVA of the llava-hf layout, of any size."""
     shipped = json.loads((checkpoint_dir() / "config.json").read_text(encoding="utf-8"))
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-            patch_size=14,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers, num_attention_heads=32,
-            num_key_value_heads=32, max_position_embeddings=4096, vocab_size=32064,
-        ),
-        image_token_index=shipped["image_token_index"],
-    )  # fmt: skip
+    token = shipped["image_token_index"]
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**decoder), image_token_index=token
+    )
+
+
+def llava_7b(layers: int) -> LlavaConfig:
+    """LLaVA-1.5-7B's, with so many decoder layers."""
+    vision = dict(VISION_L, image_size=336, patch_size=14)
+    decoder = {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": layers, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "max_position_embeddings": 4096, "vocab_size": 32064,
+    }  # fmt: skip
+    return llava(vision, decoder)
+
+
+def write_checkpoint(directory: Path, config: LlavaConfig) -> int:
+    """Write the checkpoint, float16 weights from a normal distribution; the bytes of its weights."""
+    directory.mkdir()
     with torch.device("meta"):
         shapes = {name: tuple(t.shape) for name, t in LlavaForConditionalGeneration(config).state_dict().items()}
     config.save_pretrained(directory)
     for name in COMPANIONS:
         shutil.copyfile(checkpoint_dir() / name, directory / name)
     recipe = json.loads((directory / COMPANIONS[2]).read_text(encoding="utf-8"))
-    recipe |= {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+    side = config.vision_config.image_size
+    recipe |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     (directory / COMPANIONS[2]).write_text(json.dumps(recipe), encoding="utf-8")
 
     pool = (np.random.default_rng(0).standard_normal(1 << 25) * 0.02).astype(np.float16)
@@ -115,7 +125,7 @@ def main() -> None:
     checkpoint, target = options.directory / "checkpoint", options.directory / "target"
     options.directory.mkdir(parents=True, exist_ok=True)
     try:
-        size = write_checkpoint(checkpoint, options.layers)
+        size = write_checkpoint(checkpoint, llava_7b(options.layers))
         rounds = [(run(COPY, checkpoint, target)[0], run(EXPORT, checkpoint, target)) for _ in range(options.rounds)]
     finally:
         shutil.rmtree(checkpoint, ignore_errors=True)

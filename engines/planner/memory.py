@@ -8,7 +8,7 @@ from typing import Literal
 Place = Literal["host", "mapped", "device"]
 """``host`` is anonymous memory; ``mapped`` are pages of files, which the system takes back where it must."""
 
-PartName = Literal["process", "weights", "KV cache", "activations", "workspace", "image features", "embeddings"]
+PartName = Literal["process", "weights", "KV cache", "activations", "workspace", "image features"]
 
 
 @dataclass(frozen=True)

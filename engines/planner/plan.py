@@ -1,0 +1,188 @@
+"""What a model takes on a board: every stage's peak memory, whether that fits, how much would, and how fast it decodes.
+
+Memory is counted where it is: the GPU's, the host's, or one of both. Files that are mapped are told apart and fit
+always, since the system takes their pages back where it must.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from llava_deploy.engines.errors import OptionError
+from llava_deploy.engines.names import Backend
+from llava_deploy.engines.planner.boards import Board
+from llava_deploy.engines.planner.build import build_memory
+from llava_deploy.engines.planner.export import export_memory
+from llava_deploy.engines.planner.memory import Memory
+from llava_deploy.engines.planner.model import PlannedModel, Sizes
+from llava_deploy.engines.planner.run import cache_form_of, decode_bytes, run_memory
+
+Stage = Literal["export", "build", "run"]
+MOST_ROWS = 1024
+"""No larger batch is looked for."""
+
+RTX_CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+"""What TensorRT for RTX 1.7.1.116 can name as a target (``ComputeCapability`` of its module)."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Decoded tokens a second, of all rows together, that the memory's bandwidth allows at most.
+
+    Attributes:
+        empty: with nothing in the cache.
+        full: with every slot of it in use.
+    """
+
+    empty: float
+    full: float
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage on one backend.
+
+    Attributes:
+        backend: ``None`` of an export.
+        memory: at the peak; ``None`` where the stage cannot be had on the board.
+        fits: ``None`` where the board's memory of that kind is not known.
+        note: why it cannot be had, or what has to be known beside the numbers.
+        largest_batch: rows that would fit at the length that was asked for; ``None`` where it makes no difference.
+        largest_len: slots of the cache that would fit at that batch; likewise.
+        speed: of decoding; ``None`` of other stages, and where the bandwidth is not known.
+    """
+
+    stage: Stage
+    backend: Backend | None
+    memory: Memory | None
+    fits: bool | None
+    note: str
+    largest_batch: int | None
+    largest_len: int | None
+    speed: Speed | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages of one model on one board.
+
+    Attributes:
+        model: its name.
+        precision: of the bundle.
+        board: what it is planned for.
+        sizes: what is bound at most.
+        bundle_bytes: of the bundle's weights on the disk; an engine takes as much again.
+        stages: in the order in which they come.
+    """
+
+    model: str
+    precision: str
+    board: Board
+    sizes: Sizes
+    bundle_bytes: int
+    stages: tuple[StagePlan, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; memory also summed by place, in bytes."""
+        plain = dataclasses.asdict(self)
+        for stage, entry in zip(self.stages, plain["stages"], strict=True):
+            if stage.memory is not None:
+                entry["memory"]["anonymous"] = stage.memory.anonymous
+                entry["memory"]["mapped"] = stage.memory.mapped
+                entry["memory"]["device"] = stage.memory.device
+        return plain
+
+
+def resolve_sizes(model: PlannedModel, max_batch: int, max_len: int | None, max_images: int | None) -> Sizes:
+    """What is bound at most: by default all positions that the model knows, and as many pictures as rows.
+
+    Raises:
+        OptionError: a size below 1, or a length that the model does not know.
+    """
+    positions = model.decoder.max_positions
+    if max_len is not None and max_len > positions:
+        raise OptionError("max_len", f"want 1 to {positions}, the model's positions, got {max_len}")
+    length = positions if max_len is None else max_len
+    return Sizes.of_run(max_batch, length, max_batch if max_images is None else max_images)
+
+
+def plan(model: PlannedModel, board: Board, sizes: Sizes) -> Plan:
+    """Plan every stage."""
+    stages = []
+    if model.source is not None:
+        memory = export_memory(model)
+        stages.append(
+            StagePlan("export", None, memory, fits(memory, board), _host_note(memory, board), None, None, None)
+        )
+    for backend in get_args(Backend):
+        stages += [_planned("build", backend, model, board, sizes), _planned("run", backend, model, board, sizes)]
+    return Plan(model.name, model.precision, board, sizes, model.bundle_bytes, tuple(stages))
+
+
+def fits(memory: Memory, board: Board) -> bool | None:
+    """Whether a board has that; ``None`` where it is not known how much it has of what is wanted."""
+    if board.is_unified:
+        return None if board.memory is None else memory.unified <= board.memory
+    device = True if memory.device == 0 else board.memory is not None and memory.device <= board.memory
+    if board.host is not None:
+        return device and memory.anonymous <= board.host
+    return None if memory.device == 0 else device
+
+
+def _planned(stage: Stage, backend: Backend, model: PlannedModel, board: Board, sizes: Sizes) -> StagePlan:
+    refusal = _refusal(backend, board)
+    if refusal:
+        return StagePlan(stage, backend, None, False, refusal, None, None, None)
+
+    def memory(at: Sizes) -> Memory:
+        if stage == "build":
+            return build_memory(model, backend, at)
+        return run_memory(model, backend, at, cache_form_of(backend, board))
+
+    found = memory(sizes)
+    fit = fits(found, board)
+    if stage == "build" or fit is None:
+        return StagePlan(stage, backend, found, fit, _host_note(found, board), None, None, None)
+    batch = _largest(lambda n: fits(memory(dataclasses.replace(sizes, max_batch=n)), board) is True, MOST_ROWS)
+    positions = model.decoder.max_positions
+    length = _largest(lambda n: fits(memory(_of_length(sizes, n)), board) is True, positions)
+    speed = None
+    if backend != "onnxruntime" and board.bandwidth is not None:
+        empty, full = (
+            board.bandwidth * sizes.max_batch / decode_bytes(model, sizes.max_batch, slots)
+            for slots in (0, sizes.max_len)
+        )
+        speed = Speed(empty, full)
+    return StagePlan(stage, backend, found, fit, _host_note(found, board), batch, length, speed)
+
+
+def _of_length(sizes: Sizes, length: int) -> Sizes:
+    return dataclasses.replace(sizes, max_len=length, max_seq=min(sizes.max_seq, length))
+
+
+def _largest(is_good: Callable[[int], bool], most: int) -> int:
+    """The largest number from 1 to ``most`` that is good, where all below a good one are; 0 where none is."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if is_good(middle) else (low, middle - 1)
+    return low
+
+
+def _refusal(backend: Backend, board: Board) -> str:
+    if backend == "onnxruntime":
+        return ""
+    if board.capability is None:
+        return "no NVIDIA GPU"
+    if backend == "tensorrt-rtx" and board.capability not in RTX_CAPABILITIES:
+        return f"TensorRT for RTX 1.7 knows no {board.capability}"
+    return ""
+
+
+def _host_note(memory: Memory, board: Board) -> str:
+    if board.is_unified or board.host is not None:
+        return ""
+    return f"where the host has {memory.anonymous / 1e9:.1f} GB"

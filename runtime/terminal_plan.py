@@ -1,0 +1,101 @@
+"""A plan of memory and speed for people; it takes the plan as plain values, since plans are made elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from llava_deploy.runtime.terminal import facts, out, size
+
+_PARTS = ("weights", "KV cache", "activations", "workspace", "image features", "process")
+_COLUMNS = ("weights", "KV cache", "activations", "workspace", "features", "process")
+
+
+def show_plan(plan: Mapping[str, Any]) -> None:
+    """Print what ``Plan.to_dict`` of the planner gives, on standard output.
+
+    A table of the stages, of which each has a line for every kind of memory that it takes: the GPU's, the host's,
+    files that are mapped; and what would fit at most.
+    """
+    console = out()
+    console.print(plan_tables(plan), crop=False)
+
+
+def plan_tables(plan: Mapping[str, Any]) -> Group:
+    """The two tables and the remarks."""
+    board, sizes = plan["board"], plan["sizes"]
+    head = facts(
+        f"Plan for {plan['model']} in {plan['precision']} on {board['title']}",
+        [
+            ("memory", _memory_of(board)),
+            ("sizes", f"{sizes['max_batch']} x {sizes['max_len']} tokens, {sizes['max_images']} pictures at once"),
+            ("on the disk", f"{size(plan['bundle_bytes'])} for the bundle, as much again for each engine"),
+            ("source", board["source"]),
+        ],
+    )
+    return Group(head, _memory_table(plan), _limits_table(plan))
+
+
+def _memory_of(board: Mapping[str, Any]) -> str:
+    if board["is_unified"]:
+        kinds = [("for host and GPU", board["memory"])]
+    else:
+        kinds = [("of the GPU", board["memory"]), ("of the host", board["host"])]
+    known = [f"{size(count)} {what}" for what, count in kinds if count is not None]
+    bandwidth = board["bandwidth"]
+    return ", ".join([*known, *([] if bandwidth is None else [f"{bandwidth / 1e9:.0f} GB/s"])])
+
+
+def _memory_table(plan: Mapping[str, Any]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="Peak memory", title_justify="left", title_style="bold")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("where", no_wrap=True)
+    for column in (*_COLUMNS, "together"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("fits")
+    places = {"device": "GPU", "host": "host", "mapped": "mapped files"}
+    for stage in plan["stages"]:
+        name = _name(stage)
+        if stage["memory"] is None:
+            table.add_row(name, "", *[""] * len(_COLUMNS), "", Text(stage["note"], "dim"))
+            continue
+        verdict = _verdict(stage)
+        for place, words in places.items():
+            parts = [part for part in stage["memory"]["parts"] if part["place"] == place and part["nbytes"]]
+            if parts:
+                sums = [sum(part["nbytes"] for part in parts if part["name"] == name_of) for name_of in _PARTS]
+                cells = ["" if count == 0 else size(count) for count in sums]
+                table.add_row(name, words, *cells, size(sum(part["nbytes"] for part in parts)), verdict)
+                name, verdict = "", Text("")
+    return table
+
+
+def _verdict(stage: Mapping[str, Any]) -> Text:
+    words = {True: ("yes", "green"), False: ("no", "bold red"), None: ("", "")}[stage["fits"]]
+    note = f" {stage['note']}".rstrip() if stage["fits"] is not False else ""
+    return Text.assemble(words, (note, "dim"))
+
+
+def _limits_table(plan: Mapping[str, Any]) -> Table:
+    sizes = plan["sizes"]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="At most", title_justify="left", title_style="bold")
+    table.add_column("stage", no_wrap=True)
+    table.add_column(f"rows of {sizes['max_len']} tokens", justify="right")
+    table.add_column(f"tokens in {sizes['max_batch']} row{'s' if sizes['max_batch'] > 1 else ''}", justify="right")
+    table.add_column("tokens/s by bandwidth: empty cache", justify="right")
+    table.add_column("full cache", justify="right")
+    for stage in plan["stages"]:
+        if stage["largest_batch"] is not None:
+            speed = stage["speed"]
+            speeds = ("", "") if speed is None else (f"{speed['empty']:.0f}", f"{speed['full']:.0f}")
+            table.add_row(_name(stage), *(str(stage[key]) for key in ("largest_batch", "largest_len")), *speeds)
+    return table
+
+
+def _name(stage: Mapping[str, Any]) -> str:
+    return stage["stage"] if stage["backend"] is None else f"{stage['stage']} {stage['backend']}"
