@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner, Result
@@ -14,6 +15,9 @@ from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
 from llava_deploy.exporter.checkpoint import open_checkpoint
 from llava_deploy.exporter.demo import scenes
 from llava_deploy.exporter.export import export
+
+if TYPE_CHECKING:
+    from fake_gpu import FakeGpu
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +41,16 @@ def demo_bundle_fp16(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     bundle = tmp_path_factory.mktemp("demo") / "bundle-fp16"
     export(open_checkpoint(demo_checkpoint), bundle, "fp16")
     return bundle
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeGpu]:
+    """A GPU with TensorRT for RTX, in the place of cuda-python and tensorrt_rtx; see ``support/fake_gpu``."""
+    from fake_gpu import FakeGpu
+
+    gpu = FakeGpu(monkeypatch, tmp_path_factory.mktemp("fake-gpu"))
+    yield gpu
+    assert gpu.illegal == []
 
 
 @pytest.fixture
