@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from llava_deploy.engines.errors import BundleError, OptionError
+from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import FileEntry, Manifest, from_plain
 from llava_deploy.engines.names import AccuracyLevel, Backend
 from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
@@ -73,6 +74,11 @@ def source_digest(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps([LOWERING_VERSION, entries]).encode()).hexdigest()
 
 
+def graphs_size(manifest: Manifest) -> int:
+    """Bytes of the bundle's graphs with their weights; an engine is as large."""
+    return sum(entry.size for entry in manifest.files if ".onnx" in entry.path)
+
+
 def resolved_accuracy_level(manifest: Manifest, wanted: AccuracyLevel | None) -> AccuracyLevel | None:
     """``wanted``, or else what the manifest says; ``None`` where no weight is quantised.
 
@@ -107,3 +113,15 @@ def read_engine_manifest(directory: Path) -> EngineManifest:
             "build it again with: llava-deploy build"
         )
     return manifest
+
+
+def is_current(directory: Path, key: EngineKey) -> bool:
+    """Whether an engine of this key is there, and whole."""
+    if not directory.is_dir():
+        return False
+    try:
+        engine = read_engine_manifest(directory)
+        check_files(directory, engine.files, Integrity.FULL, remedy="")
+    except BundleError:
+        return False  # damaged: build it anew
+    return engine.key == key

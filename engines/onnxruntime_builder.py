@@ -8,7 +8,6 @@ layouts are for the processor that it ran on.
 
 from __future__ import annotations
 
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,15 +16,16 @@ from llava_deploy.engines.engine_manifest import (
     ENGINE_MANIFEST,
     EngineKey,
     EngineManifest,
-    read_engine_manifest,
+    graphs_size,
+    is_current,
     resolved_accuracy_level,
     source_digest,
 )
-from llava_deploy.engines.errors import BackendError, BundleError, LlavaDeployError
+from llava_deploy.engines.errors import BackendError
 from llava_deploy.engines.integrity import Integrity, check_files
-from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest, describe_file, read_manifest
+from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, describe_file, read_manifest
 from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, AccuracyLevel
-from llava_deploy.engines.staging import staged_directory, write_error
+from llava_deploy.engines.staging import require_space, staged_directory, write_error
 
 _EXTERNAL_FROM = 1024  # bytes: smaller constants stay inside the graph
 
@@ -57,9 +57,9 @@ def build_onnxruntime(bundle: Path, *, accuracy_level: AccuracyLevel | None = No
     level = resolved_accuracy_level(manifest, accuracy_level)
     key = EngineKey("onnxruntime", onnxruntime.__version__, "cpu", source_digest(manifest), level, None)
     output = bundle / key.directory
-    if not replace and _is_current(output, key):
+    if not replace and is_current(output, key):
         return output
-    _require_space(bundle, manifest)
+    require_space(bundle, graphs_size(manifest))
     decoder = _lowered_decoder(bundle)
     try:
         with staged_directory(output, replace=True) as staging:
@@ -110,25 +110,3 @@ def _lowered_decoder(bundle: Path) -> bytes:
             "install it with: pip install 'llava-deploy[build]'"
         ) from error
     return lower_in_memory(bundle / DECODER_GRAPH, [LowerGroupQueryAttention()])
-
-
-def _require_space(bundle: Path, manifest: Manifest) -> None:
-    """An engine is as large as the graphs that it is made from."""
-    wanted = sum(entry.size for entry in manifest.files if ".onnx" in entry.path)
-    free = shutil.disk_usage(bundle).free
-    if free < wanted:
-        raise LlavaDeployError(
-            f"{bundle}: the disk is full: the engine wants {wanted:,} bytes, {free:,} are free; "
-            "free some space, or run the bundle without an engine"
-        )
-
-
-def _is_current(directory: Path, key: EngineKey) -> bool:
-    if not directory.is_dir():
-        return False
-    try:
-        engine = read_engine_manifest(directory)
-        check_files(directory, engine.files, Integrity.FULL, remedy="")
-    except BundleError:
-        return False  # damaged: build it anew
-    return engine.key == key

@@ -43,6 +43,20 @@ def staged_directory(output: Path, *, replace: bool) -> Iterator[Path]:
         os.close(lock)
 
 
+def require_space(bundle: Path, wanted: int) -> None:
+    """Refuse to begin what the disk has no room for: ``wanted`` bytes of an engine inside ``bundle``.
+
+    Raises:
+        LlavaDeployError: there are fewer.
+    """
+    free = shutil.disk_usage(bundle).free
+    if free < wanted:
+        raise LlavaDeployError(
+            f"{bundle}: the disk is full: the engine wants {wanted:,} bytes, {free:,} are free; "
+            "free some space, or run the bundle without an engine"
+        )
+
+
 def write_error(output: Path, error: OSError) -> LlavaDeployError:
     """What to tell of a system error while ``output`` was being written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

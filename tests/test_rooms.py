@@ -40,7 +40,7 @@ EXPORT_ONLY = {
 NETWORK = {"aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "requests", "socket", "socketserver", "urllib3"}
 THIRD_PARTY = {
     "cli.py": {"click"},
-    "engines": {"numpy", "onnxruntime"},
+    "engines": {"numpy", "onnxruntime", "cuda"},
     "engines/lowering": {"numpy", "onnx_ir"},
     "runtime": {"numpy", "tokenizers", "PIL", "jinja2", "click", "rich", "onnxruntime"},
     "exporter": {"numpy", "tokenizers", "PIL", "rich", "onnxruntime", *EXPORT_ONLY} - {"peft"},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,6 +14,19 @@ from llava_deploy.engines.lowering.nibbles import byte_chunks
 
 _PAGE = 4096  # bytes: where each tensor begins, so that it can be mapped
 _INLINE = 1024  # bytes; constants up to this size stay inside the graph
+
+
+@dataclass(frozen=True)
+class LoweredModel:
+    """A lowered model on disk.
+
+    Attributes:
+        path: the ONNX file; its external data is beside it, or linked from there.
+        operators: how many nodes of each operator it has, subgraphs left out.
+    """
+
+    path: Path
+    operators: Counter[str]
 
 
 def lower_file(source: Path, directory: Path, passes: Sequence[ir.passes.InPlacePass]) -> Path:
@@ -34,9 +49,31 @@ def lower_file(source: Path, directory: Path, passes: Sequence[ir.passes.InPlace
     """
     model = _lowered(source, passes)
     path = directory / source.name
-    _write_external_data(model, path.with_name(f"{path.name}.data"))
+    _write_external_data(model.graph.initializers.values(), path.with_name(f"{path.name}.data"))
     ir.save(model, path)
     return path
+
+
+def lower_beside(source: Path, directory: Path, passes: Sequence[ir.passes.InPlacePass]) -> LoweredModel:
+    """As :func:`lower_file`, but weights that no pass computes stay where they are: ``directory`` links to their files.
+
+    For a reader of the result on this machine, while ``source`` and its external data are there.
+
+    Raises:
+        BundleError: the file is no model, or a pass meets what it does not cover.
+        OSError: the directory cannot be written to, its disk is full, or the files are there already.
+    """
+    model = _lowered(source, passes)
+    path = directory / source.name
+    computed = []
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            _link(value.const_value, directory)
+        else:
+            computed.append(value)
+    _write_external_data(computed, path.with_name(f"{path.name}.computed"))
+    ir.save(model, path)
+    return LoweredModel(path, Counter(node.op_type for node in model.graph))
 
 
 def lower_in_memory(source: Path, passes: Sequence[ir.passes.InPlacePass]) -> bytes:
@@ -65,10 +102,20 @@ def _lowered(source: Path, passes: Sequence[ir.passes.InPlacePass]) -> ir.Model:
     return model
 
 
-def _write_external_data(model: ir.Model, path: Path) -> None:
+def _link(tensor: ir.ExternalTensor, directory: Path) -> None:
+    """Have the name that ``tensor`` gives to its file lead to it from ``directory`` too."""
+    name = Path(tensor.location).name
+    if name != str(tensor.location):
+        raise BundleError(f"weight {tensor.name!r}: its file {name!r} is not beside the graph; export the bundle again")
+    link = directory / name
+    if not link.is_symlink():
+        link.symlink_to(Path(tensor.path).resolve())
+
+
+def _write_external_data(values: Iterable[ir.Value], path: Path) -> None:
     """Write all but the small constants of the graph's own, such as shapes, and refer the model to it."""
     with path.open("xb") as file:
-        for value in model.graph.initializers.values():
+        for value in values:
             tensor = value.const_value
             if tensor is None or (
                 not isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor)) and tensor.nbytes <= _INLINE

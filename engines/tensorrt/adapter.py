@@ -1,0 +1,157 @@
+"""Where the full TensorRT, its releases and TensorRT for RTX differ; all else of their interface is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llava_deploy.engines.errors import BackendError, OptionError
+from llava_deploy.engines.tensorrt.options import normal_capability
+from llava_deploy.engines.tensorrt_module import TensorRtModule
+
+_ALWAYS_STRONGLY_TYPED = (11, 0)
+"""From this release on the full TensorRT has no other networks, and the flag is deprecated."""
+
+_NO_TARGETS = ("NONE", "CURRENT")
+
+
+def network_flags(module: TensorRtModule) -> int:
+    """For ``create_network``: strongly typed, so that every tensor has the type that the graph gives it.
+
+    TensorRT for RTX has never had other networks.
+    """
+    if module.backend == "tensorrt-rtx" or module.release >= _ALWAYS_STRONGLY_TYPED:
+        return 0
+    return 1 << int(module.api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+def resolve_capabilities(module: TensorRtModule, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """What to build for, in ascending order: ``wanted``, or this machine's GPU.
+
+    Raises:
+        OptionError: no capability, one that the module cannot build for, or none and no GPU to take it from.
+        BackendError: the full TensorRT, which builds on the GPU that it builds for, and no GPU.
+    """
+    asked = tuple(sorted({normal_capability(text) for text in wanted}, key=lambda name: int(name[2:])))
+    if module.backend == "tensorrt":
+        present = current_capability()
+        if asked not in ((), (present,)):
+            raise OptionError(
+                "sm", f"TensorRT builds for the GPU that it builds on, here {present}, got {', '.join(asked)}; "
+                "leave it out, or use --backend tensorrt-rtx"
+            )  # fmt: skip
+        return (present,)
+    if not asked:
+        try:
+            asked = (current_capability(),)
+        except BackendError as error:
+            raise OptionError(
+                "sm", f"want the compute capabilities to build for, such as sm89, for there is no GPU to ask: {error}"
+            ) from error
+    known = [name.lower() for name in module.api.ComputeCapability.__members__ if name not in _NO_TARGETS]
+    if unknown := [name for name in asked if name not in known]:
+        raise OptionError(
+            "sm", f"TensorRT for RTX {module.version} builds for {', '.join(known)}, not for {', '.join(unknown)}; "
+            "use --backend tensorrt on such a GPU"
+        )  # fmt: skip
+    return asked
+
+
+def set_targets(module: TensorRtModule, config: Any, capabilities: tuple[str, ...]) -> None:
+    """Have TensorRT for RTX build for ``capabilities``; the full TensorRT builds for the GPU that it is on.
+
+    Raises:
+        BackendError: the combination is refused.
+    """
+    if module.backend == "tensorrt":
+        return
+    config.num_compute_capabilities = len(capabilities)
+    for index, name in enumerate(capabilities):
+        if not config.set_compute_capability(getattr(module.api.ComputeCapability, name.upper()), index):
+            raise BackendError(
+                f"TensorRT for RTX {module.version} refuses to build for {', '.join(capabilities)} in one engine; "
+                "build for one compute capability at a time, in a copy of the bundle each"
+            )
+
+
+def current_capability() -> str:
+    """Compute capability of the first GPU, as ``sm89``.
+
+    Raises:
+        BackendError: there is none, or no driver, or no cuda-python.
+    """
+    cudart = _cuda()
+    numbers = []
+    attributes = cudart.cudaDeviceAttr
+    for which in (attributes.cudaDevAttrComputeCapabilityMajor, attributes.cudaDevAttrComputeCapabilityMinor):
+        error, value = cudart.cudaDeviceGetAttribute(which, 0)
+        if int(error) != 0:
+            raise BackendError(f"the GPU does not say its compute capability ({error.name}); is its driver whole?")
+        numbers.append(value)
+    return f"sm{numbers[0]}{numbers[1]}"
+
+
+def free_device_memory() -> int | None:
+    """Bytes that are free on the first GPU; ``None`` where there is none to ask."""
+    try:
+        error, free, _ = _cuda().cudaMemGetInfo()
+    except BackendError:
+        return None
+    return int(free) if int(error) == 0 else None
+
+
+def _cuda() -> Any:
+    """CUDA's runtime interface, where it finds a GPU."""
+    try:
+        from cuda.bindings import runtime as cudart
+    except ImportError as error:
+        raise BackendError(
+            f"cuda-python cannot be imported ({error}); install it with: pip install 'llava-deploy[rtx]'"
+        ) from error
+    error, count = cudart.cudaGetDeviceCount()
+    if int(error) != 0 or count == 0:
+        raise BackendError(f"no GPU can be used here ({cudart.cudaGetErrorString(error)[1].decode()})")
+    return cudart
+
+
+def serialize(module: TensorRtModule, builder: Any, network: Any, config: Any, path: Path) -> bool:
+    """Build, and write the plan to the new file ``path``; whether TensorRT has built one.
+
+    It goes there in pieces where the release can do that, so that the whole is not in memory beside the weights.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with path.open("xb") as file:
+        if "build_serialized_network_to_stream" not in dir(module.api.Builder):  # as in 10.3
+            plan = builder.build_serialized_network(network, config)
+            if plan is None:
+                return False
+            file.write(memoryview(plan))
+            return True
+        failures: list[OSError] = []
+        writer = _make_writer(module.api, file, failures)
+        built = bool(builder.build_serialized_network_to_stream(network, config, writer))
+    if failures:
+        raise failures[0]
+    return built
+
+
+def _make_writer(api: Any, file: BinaryIO, failures: list[OSError]) -> Any:
+    """An ``IStreamWriter`` to ``file``. What goes wrong is kept: an exception cannot pass through TensorRT."""
+    base = api.IStreamWriter
+
+    class _Writer(base):
+        def __init__(self) -> None:
+            base.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            if failures:
+                return 0
+            try:
+                return file.write(data)
+            except OSError as error:
+                failures.append(error)
+                return 0
+
+    return _Writer()

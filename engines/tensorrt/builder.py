@@ -1,0 +1,264 @@
+"""Bundle to TensorRT engines: the canonical graphs, lowered, parsed, held against the contract, built.
+
+Weights that no pass computes are read where they lie in the bundle, and the plans go to their files as they are made,
+so that what a build has in memory is what TensorRT needs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from llava_deploy.engines.contract import GraphSpec
+from llava_deploy.engines.engine_manifest import (
+    DECODER_PLAN,
+    ENGINE_FORMAT_VERSION,
+    ENGINE_MANIFEST,
+    VISION_PLAN,
+    EngineKey,
+    EngineManifest,
+    graphs_size,
+    is_current,
+    source_digest,
+)
+from llava_deploy.engines.errors import BackendError, OptionError
+from llava_deploy.engines.integrity import Integrity, check_files
+from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest, describe_file, read_manifest
+from llava_deploy.engines.staging import require_space, staged_directory, write_error
+from llava_deploy.engines.tensorrt.adapter import resolve_capabilities, serialize, set_targets
+from llava_deploy.engines.tensorrt.attention import allow_decomposition
+from llava_deploy.engines.tensorrt.checks import (
+    ExpectedLayers,
+    check_network,
+    expected_decoder,
+    expected_vision,
+    with_sizes,
+)
+from llava_deploy.engines.tensorrt.constructs import Release, cache_form, parse_release, release_of
+from llava_deploy.engines.tensorrt.memory import require_memory
+from llava_deploy.engines.tensorrt.messages import Messages
+from llava_deploy.engines.tensorrt.network import parse_network, title
+from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions, check_workspace, resolve_limits
+from llava_deploy.engines.tensorrt.profiles import (
+    Profile,
+    add_profiles,
+    decoder_profiles,
+    decoder_spec,
+    vision_profiles,
+)
+from llava_deploy.engines.tensorrt.progress import BuildProgress, Phases, make_monitor, run_watched
+from llava_deploy.engines.tensorrt.timing import load_timing_cache, save_timing_cache
+from llava_deploy.engines.tensorrt_module import TensorRtModule, import_tensorrt
+from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
+
+_LOWERED = "lowered"  # directory of lowered graphs, inside the staging directory while they are wanted
+_WHOLE = 1000  # of a build's progress
+
+Report = Callable[[BuildProgress], None]
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """One of the two.
+
+    Attributes:
+        source: its file in the bundle.
+        plan: its file in the engine's directory.
+        spec: its contract, with fixed sizes where the lowered graph has them.
+        profiles: what may be bound, and what kernels are chosen for.
+        begins: the part of the whole build that is done before it, of :data:`_WHOLE`.
+        ends: likewise, after it.
+    """
+
+    source: str
+    plan: str
+    spec: GraphSpec
+    profiles: list[Profile]
+    begins: int
+    ends: int
+
+
+@dataclass(frozen=True)
+class _Build:
+    """What is the same for both graphs."""
+
+    bundle: Path
+    manifest: Manifest
+    module: TensorRtModule
+    release: Release
+    recipe: TensorRtRecipe
+    timing_cache: Path | None
+    on_progress: Report
+    on_warning: Warn
+
+
+def build_tensorrt(
+    bundle: Path,
+    options: TensorRtBuildOptions,
+    *,
+    replace: bool = False,
+    on_progress: Report = lambda _: None,
+    on_warning: Warn = lambda _: None,
+) -> Path:
+    """Build both engines and return their directory.
+
+    Engines that are there already, for the same graphs, version, GPUs and limits, and whole, are kept. After an error,
+    Ctrl-C or a kill there is what was there before.
+
+    Args:
+        bundle: a bundle's directory.
+        options: see :class:`~llava_deploy.engines.tensorrt.options.TensorRtBuildOptions`.
+        replace: build them even so.
+        on_progress: told of it, in the thread that called.
+        on_warning: told of what TensorRT says that changes no result, and of memory that may not do.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        OptionError: an option has a value that it cannot have, for this bundle, module or machine.
+        BackendError: TensorRT, cuda-python or onnx-ir is missing, there is no GPU where one is needed, or TensorRT
+            refuses a graph or reads another one in it.
+        LlavaDeployError: too little memory, or the bundle's directory cannot be written to, or its disk is full.
+    """
+    manifest = read_manifest(bundle)
+    limits = resolve_limits(options, manifest)
+    check_workspace(options.workspace)
+    module = import_tensorrt(options.backend)
+    release = _release(module, options.release)
+    recipe = TensorRtRecipe(
+        cache=cache_form(release),
+        limits=limits,
+        capabilities=resolve_capabilities(module, options.capabilities),
+        workspace=options.workspace,
+        version_compatible=options.version_compatible,
+        refittable=options.refit,
+    )
+    check_files(bundle, manifest.files, Integrity.FULL, remedy="export the bundle again")
+    device = "-".join(recipe.capabilities)
+    key = EngineKey(module.backend, module.version, device, source_digest(manifest), None, recipe)
+    output = bundle / key.directory
+    if not replace and is_current(output, key):
+        return output
+    require_space(bundle, _space(manifest))
+    require_memory(bundle, manifest, module, limits, on_warning, enforce=not options.skip_memory_check)
+    build = _Build(bundle, manifest, module, release, recipe, options.timing_cache, on_progress, on_warning)
+    try:
+        with staged_directory(output, replace=True) as staging:
+            files = tuple(_build_graph(build, graph, staging) for graph in _graphs(build))
+            entries = tuple(describe_file(staging, name) for name in files)
+            tools = {name: version(name) for name in ("llava-deploy", "onnx-ir")}
+            text = EngineManifest(ENGINE_FORMAT_VERSION, key, tools, entries).to_json()
+            (staging / ENGINE_MANIFEST).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise write_error(output, error) from error
+    return output
+
+
+def _release(module: TensorRtModule, wanted: str | None) -> Release:
+    """Whose dialect is spoken: an older one than the module's, where that is wanted."""
+    own = release_of(module)
+    if wanted is None:
+        return own
+    release = parse_release(wanted)
+    if release.backend == own.backend and release.number > own.number:
+        raise OptionError("trt_version", f"want a release up to the one installed, {title(module)}, got {wanted}")
+    return release
+
+
+def _space(manifest: Manifest) -> int:
+    """Bytes on the disk: the engines, and for a while the decoder's weights without zero points."""
+    quantization = manifest.quantization
+    rewritten = quantization is not None and not quantization.symmetric
+    decoder = sum(entry.size for entry in manifest.files if entry.path.startswith(DECODER_GRAPH))
+    return graphs_size(manifest) + (decoder if rewritten else 0)
+
+
+def _graphs(build: _Build) -> tuple[_Graph, _Graph]:
+    manifest, recipe = build.manifest, build.recipe
+    sizes = {"max_len": recipe.limits.max_len} if recipe.cache == "in-place" else {}
+    vision = manifest.vision.spec(recipe.limits.max_images)
+    decoder = with_sizes(decoder_spec(manifest.decoder, recipe.limits, recipe.cache), sizes)
+    weights = sum(entry.size for entry in manifest.files if entry.path.startswith(VISION_GRAPH))
+    share = _WHOLE * weights // max(1, graphs_size(manifest))
+    return (
+        _Graph(VISION_GRAPH, VISION_PLAN, vision, vision_profiles(vision, recipe.limits), 0, share),
+        _Graph(
+            DECODER_GRAPH, DECODER_PLAN, decoder, decoder_profiles(decoder, recipe.limits, recipe.cache), share, _WHOLE
+        ),
+    )
+
+
+def _build_graph(build: _Build, graph: _Graph, staging: Path) -> str:
+    """Lower, parse, check and build one graph; the name of its plan in ``staging``."""
+    build.on_progress(BuildProgress(graph.spec.name, "Lowering the graph", graph.begins, _WHOLE))
+    lowered = staging / _LOWERED
+    lowered.mkdir()
+    path, expected = _lower(build, graph, lowered)
+    build.on_progress(BuildProgress(graph.spec.name, "Parsing the graph", graph.begins, _WHOLE))
+    _parse_and_serialize(build, graph, path, expected, staging / graph.plan)
+    shutil.rmtree(lowered)
+    return graph.plan
+
+
+def _lower(build: _Build, graph: _Graph, directory: Path) -> tuple[Path, ExpectedLayers]:
+    try:
+        from llava_deploy.engines.lowering.files import lower_beside
+        from llava_deploy.engines.lowering.tensorrt import decoder_passes, vision_passes
+    except ImportError as error:
+        raise BackendError(
+            f"building an engine needs onnx-ir, which cannot be imported ({error}); "
+            "install it with: pip install 'llava-deploy[build]'"
+        ) from error
+    recipe = build.recipe
+    is_vision = graph.source == VISION_GRAPH
+    passes = vision_passes(build.release) if is_vision else decoder_passes(recipe.cache, recipe.limits.max_len)
+    model = lower_beside(build.bundle / graph.source, directory, passes)
+    if is_vision:
+        return model.path, expected_vision(model.operators["Attention"])
+    return model.path, expected_decoder(build.manifest.decoder, build.manifest.quantization, recipe.cache)
+
+
+def _parse_and_serialize(build: _Build, graph: _Graph, path: Path, expected: ExpectedLayers, plan: Path) -> None:
+    module, recipe = build.module, build.recipe
+    messages, phases = Messages(), Phases()
+    parsed = parse_network(module, path, messages)
+    check_network(module.api, parsed.network, graph.spec, expected)
+    allow_decomposition(module.api, parsed.network)
+    config = parsed.builder.create_builder_config()
+    monitor = make_monitor(module.api, phases)
+    config.progress_monitor = monitor
+    set_targets(module, config, recipe.capabilities)
+    _set_flags(module.api, config, recipe)
+    add_profiles(parsed.builder, config, graph.profiles)
+    timing = load_timing_cache(module, config, build.timing_cache)
+
+    def report(phase: str, part: float) -> None:
+        done = graph.begins + int(part * (graph.ends - graph.begins))
+        build.on_progress(BuildProgress(graph.spec.name, phase, done, _WHOLE))
+
+    built = run_watched(
+        lambda: serialize(module, parsed.builder, parsed.network, config, plan), phases, on_change=report
+    )
+    if not built:
+        raise BackendError(
+            f"{graph.source}: {title(module)} cannot build it for {', '.join(recipe.capabilities)}: {messages.cause()}"
+        )
+    messages.require_no_loss(path)
+    for text in messages.warnings:
+        build.on_warning(f"{graph.source}: {title(module)} says: {text}")
+    save_timing_cache(config, timing, build.timing_cache)
+    report("", 1.0)
+
+
+def _set_flags(api: Any, config: Any, recipe: TensorRtRecipe) -> None:
+    config.clear_flag(api.BuilderFlag.TF32)  # a graph in float32 means float32
+    if recipe.version_compatible:
+        config.set_flag(api.BuilderFlag.VERSION_COMPATIBLE)
+    if recipe.refittable:
+        config.set_flag(api.BuilderFlag.REFIT)
+    if recipe.workspace is not None:
+        config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, recipe.workspace)

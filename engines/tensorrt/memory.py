@@ -1,0 +1,43 @@
+"""Whether a build will have the memory that it is planned to take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from llava_deploy.engines.errors import LlavaDeployError
+from llava_deploy.engines.manifest import Manifest
+from llava_deploy.engines.planner.build import build_memory
+from llava_deploy.engines.planner.machine import available_memory
+from llava_deploy.engines.planner.model import Sizes, planned_bundle
+from llava_deploy.engines.tensorrt.adapter import free_device_memory
+from llava_deploy.engines.tensorrt_module import TensorRtModule
+from llava_deploy.engines.tensorrt_recipe import EngineLimits
+
+
+def require_memory(
+    bundle: Path,
+    manifest: Manifest,
+    module: TensorRtModule,
+    limits: EngineLimits,
+    on_warning: Callable[[str], None],
+    *,
+    enforce: bool,
+) -> None:
+    """Hold the plan of a build against what this machine has; without ``enforce``, say what is missing, and go on.
+
+    Raises:
+        LlavaDeployError: there is too little, on the host or on the GPU.
+    """
+    planned = build_memory(planned_bundle(bundle, manifest), module.backend, Sizes.of(limits))
+    device = free_device_memory() if planned.device else None
+    for where, wanted, free in (
+        ("memory", planned.anonymous, available_memory()),
+        ("memory of the GPU", planned.device, device),
+    ):
+        if free is None or wanted <= free:
+            continue
+        problem = f"{bundle}: the build is planned to take {wanted:,} bytes of {where}, {free:,} are free"
+        if enforce:
+            raise LlavaDeployError(f"{problem}; free some, build on a larger machine, or go on with --force")
+        on_warning(f"{problem}; going on")

@@ -1,0 +1,50 @@
+"""A file of measured kernels, so that the next build measures only what is new."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from llava_deploy.engines.errors import OptionError
+from llava_deploy.engines.tensorrt_module import TensorRtModule
+
+
+def load_timing_cache(module: TensorRtModule, config: Any, path: Path | None) -> Any:
+    """Give the cache in ``path`` to a build, or an empty one where there is no such file; ``None`` without a path.
+
+    Raises:
+        OptionError: the file cannot be read, or is no cache of this version and GPU.
+    """
+    if path is None:
+        return None
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise OptionError("timing_cache", f"{path}: cannot be read ({error.strerror})") from error
+    cache = config.create_timing_cache(content)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise OptionError(
+            "timing_cache",
+            f"{path}: want a timing cache of TensorRT {module.version} and this GPU, found another; name another file",
+        )
+    return cache
+
+
+def save_timing_cache(config: Any, cache: Any, path: Path | None) -> None:
+    """Write what a build has measured to ``path``, whole or not at all.
+
+    Raises:
+        OptionError: it cannot be written.
+    """
+    if path is None or cache is None:
+        return
+    content = memoryview(config.get_timing_cache().serialize())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
+            whole = Path(directory, path.name)
+            whole.write_bytes(content)
+            whole.replace(path)
+    except OSError as error:
+        raise OptionError("timing_cache", f"{path}: cannot be written ({error.strerror})") from error
