@@ -18,7 +18,7 @@ class LowerRMSNormalization(ir.passes.InPlacePass):
     Requires: ``axis`` -1 and ``stash_type`` float32, the operator's defaults; a weight of the dtype of ``x``.
 
     Ensures: no such operator is left. In float32 the numbers differ by the order in which squares are summed; in
-    float16 by that and no more, as both round twice: after the division, and after the product with the weight.
+    float16 the result is rounded where the specification says, after the division and after the product.
     """
 
     def requires(self, model: ir.Model) -> None:
