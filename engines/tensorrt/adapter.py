@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava_deploy.engines.errors import BackendError, OptionError
-from llava_deploy.engines.tensorrt.options import normal_capability
+from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions, normal_capability
 from llava_deploy.engines.tensorrt_module import TensorRtModule
 
 _ALWAYS_STRONGLY_TYPED = (11, 0)
@@ -55,6 +55,29 @@ def resolve_capabilities(module: TensorRtModule, wanted: tuple[str, ...]) -> tup
             "use --backend tensorrt on such a GPU"
         )  # fmt: skip
     return asked
+
+
+def require_supported(module: TensorRtModule, options: TensorRtBuildOptions) -> None:
+    """Refuse what TensorRT for RTX cannot do, before it fails at it in words of its own.
+
+    Raises:
+        OptionError: the option that asks for it.
+    """
+    if module.backend == "tensorrt":
+        return
+    if options.timing_cache is not None:  # deprecated in 1.2, and without effect
+        raise OptionError("timing_cache", "TensorRT for RTX measures no kernels while it builds; leave it out")
+    if options.version_compatible:  # 1.7 looks for a library of the full TensorRT's
+        raise OptionError(
+            "version_compatible", "TensorRT for RTX has no lean runtime to put into its engines; leave it out"
+        )
+    if options.refit:
+        try:
+            current_capability()
+        except BackendError as error:
+            raise OptionError(
+                "refit", f"TensorRT for RTX needs a GPU while it builds engines that can be refitted: {error}"
+            ) from error
 
 
 def set_targets(module: TensorRtModule, config: Any, capabilities: tuple[str, ...]) -> None:
@@ -121,6 +144,7 @@ def serialize(module: TensorRtModule, builder: Any, network: Any, config: Any, p
 
     Raises:
         OSError: the file cannot be written.
+        BackendError: nothing has come to be written.
     """
     with path.open("xb") as file:
         if "build_serialized_network_to_stream" not in dir(module.api.Builder):  # as in 10.3
@@ -134,6 +158,11 @@ def serialize(module: TensorRtModule, builder: Any, network: Any, config: Any, p
         built = bool(builder.build_serialized_network_to_stream(network, config, writer))
     if failures:
         raise failures[0]
+    if built and path.stat().st_size == 0:  # TensorRT takes a lost write for a good one
+        raise BackendError(
+            f"{path.name}: TensorRT {module.version} has built a plan that did not arrive: "
+            "there was no memory for it, most likely; free some"
+        )
     return built
 
 

@@ -29,7 +29,7 @@ from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest, describe_file, read_manifest
 from llava_deploy.engines.staging import require_space, staged_directory, write_error
-from llava_deploy.engines.tensorrt.adapter import resolve_capabilities, serialize, set_targets
+from llava_deploy.engines.tensorrt.adapter import require_supported, resolve_capabilities, serialize, set_targets
 from llava_deploy.engines.tensorrt.attention import allow_decomposition
 from llava_deploy.engines.tensorrt.checks import (
     ExpectedLayers,
@@ -128,6 +128,7 @@ def build_tensorrt(
     limits = resolve_limits(options, manifest)
     check_workspace(options.workspace)
     module = import_tensorrt(options.backend)
+    require_supported(module, options)
     release = _release(module, options.release)
     recipe = TensorRtRecipe(
         cache=cache_form(release),
@@ -234,7 +235,7 @@ def _parse_and_serialize(build: _Build, graph: _Graph, path: Path, expected: Exp
     set_targets(module, config, recipe.capabilities)
     _set_flags(module.api, config, recipe)
     add_profiles(parsed.builder, config, graph.profiles)
-    timing = load_timing_cache(module, config, build.timing_cache)
+    timing = load_timing_cache(module, config, build.timing_cache, messages)
 
     def report(phase: str, part: float) -> None:
         done = graph.begins + int(part * (graph.ends - graph.begins))
@@ -244,14 +245,20 @@ def _parse_and_serialize(build: _Build, graph: _Graph, path: Path, expected: Exp
         lambda: serialize(module, parsed.builder, parsed.network, config, plan), phases, on_change=report
     )
     if not built:
-        raise BackendError(
-            f"{graph.source}: {title(module)} cannot build it for {', '.join(recipe.capabilities)}: {messages.cause()}"
-        )
+        raise _build_error(build, graph, messages)
     messages.require_no_loss(path)
     for text in messages.warnings:
         build.on_warning(f"{graph.source}: {title(module)} says: {text}")
     save_timing_cache(config, timing, build.timing_cache)
     report("", 1.0)
+
+
+def _build_error(build: _Build, graph: _Graph, messages: Messages) -> BackendError:
+    cause, targets = messages.cause(), ", ".join(build.recipe.capabilities)
+    what = f"{graph.source}: {title(build.module)} cannot build it for {targets}: {cause}"
+    if "workspace" in cause and build.recipe.workspace is not None:
+        return BackendError(f"{what}; raise --workspace, or leave it out")
+    return BackendError(f"{what}; use another version of TensorRT, or smaller limits")
 
 
 def _set_flags(api: Any, config: Any, recipe: TensorRtRecipe) -> None:

@@ -27,6 +27,7 @@ _LOSSES: Mapping[str, re.Pattern[str]] = {
     "a value changes": re.compile(
         r"clamp|out(side)? (of )?(the )?range|subnormal|truncat(ed|ing)|overflow", re.IGNORECASE
     ),
+    "a profile contradicts itself": re.compile(r"not self-consistent", re.IGNORECASE),
     "the numbers suffer": re.compile(r"(affect|reduce|loss of|degrade).*(accuracy|precision)", re.IGNORECASE),
 }
 _HARMLESS = (
@@ -35,8 +36,11 @@ _HARMLESS = (
     # int64 inputs are in the contract, and bound as such.
     re.compile(r"Make sure input .* has Int64 binding"),
     # Between builder and driver, of no meaning to what is computed.
-    re.compile(r"CUDA lazy loading|timing cache|message truncated", re.IGNORECASE),
+    re.compile(r"CUDA lazy loading|message truncated", re.IGNORECASE),
 )
+
+_CLEANING_UP = re.compile(r"\[[^\]]*\] Error Code 1: Cuda Runtime \([^()]*\(cudaError (35|100):[^)]*\)\)")
+"""Of a build that fails on a machine without a GPU: it cleans up what was never there."""
 
 
 @dataclass
@@ -55,11 +59,12 @@ class Messages:
 
     def error(self, text: str) -> None:
         """Take up an error."""
-        self.errors.append(_one_line(text))
+        if line := one_line(text):
+            self.errors.append(line)
 
     def warning(self, text: str) -> None:
         """Take up a warning, and see what it means."""
-        text = _one_line(text)
+        text = one_line(text)
         if any(each.search(text) for each in _HARMLESS):
             return
         meaning = _loss(text)
@@ -81,8 +86,8 @@ class Messages:
             )
 
     def cause(self) -> str:
-        """The errors as one line; the last of them are consequences of the first."""
-        return "; ".join(dict.fromkeys(self.errors[:3])) if self.errors else "it does not say why"
+        """The first error as one line; those after it are its consequences."""
+        return next(iter(self.errors), "it does not say why")
 
 
 def make_logger(api: Any, messages: Messages) -> Any:
@@ -106,6 +111,7 @@ def _loss(text: str) -> str | None:
     return next((meaning for meaning, pattern in _LOSSES.items() if pattern.search(text)), None)
 
 
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
+def one_line(text: str) -> str:
+    """A message of TensorRT's for one of ours: in one line, not too long, without what it says of a missing GPU."""
+    line = _CLEANING_UP.sub("", " ".join(text.split())).strip()
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"

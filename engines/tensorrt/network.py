@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from llava_deploy.engines.errors import BackendError
 from llava_deploy.engines.tensorrt.adapter import network_flags
 from llava_deploy.engines.tensorrt.constructs import construct_of, explain
-from llava_deploy.engines.tensorrt.messages import Messages, make_logger
+from llava_deploy.engines.tensorrt.messages import Messages, make_logger, one_line
 from llava_deploy.engines.tensorrt_module import TensorRtModule
 
+_WEIGHT = re.compile(r"Failed to import initializer: (\S+)$")
 _NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 
 
@@ -62,8 +64,11 @@ def _parser_error(module: TensorRtModule, parser: Any, path: Path, messages: Mes
     if parser.num_errors == 0:
         return BackendError(f"{where}: {messages.cause()}; use another version of TensorRT")
     error = parser.get_error(0)
-    reason = " ".join(error.desc().split())
-    operator = error.node_operator()
+    reason, operator = one_line(error.desc()), error.node_operator()
+    if weight := _WEIGHT.search(reason):
+        return BackendError(
+            f"{where}: it has no weights such as {weight[1]}, by its type; use another version of TensorRT"
+        )
     if not operator:
         return BackendError(f"{where}: {reason}; use another version of TensorRT")
     construct = construct_of(operator)
