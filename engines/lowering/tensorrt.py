@@ -9,6 +9,7 @@ from llava_deploy.engines.lowering.growing_cache import GrowCache
 from llava_deploy.engines.lowering.opset import DeclareOpset
 from llava_deploy.engines.lowering.rms_norm import LowerRMSNormalization
 from llava_deploy.engines.lowering.rotary import LowerRotaryEmbedding
+from llava_deploy.engines.lowering.scales import RaiseZeroScales
 from llava_deploy.engines.lowering.static_cache import FixCacheLength
 from llava_deploy.engines.lowering.zero_points import LowerZeroPoints
 from llava_deploy.engines.names import CacheForm
@@ -36,5 +37,6 @@ def decoder_passes(cache: CacheForm, max_len: int) -> list[ir.passes.InPlacePass
         LowerRMSNormalization(),
         LowerRotaryEmbedding(),
         LowerAttention(),
+        RaiseZeroScales(),
         DeclareOpset(),
     ]
