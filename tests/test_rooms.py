@@ -40,7 +40,7 @@ EXPORT_ONLY = {
 NETWORK = {"aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "requests", "socket", "socketserver", "urllib3"}
 THIRD_PARTY = {
     "cli.py": {"click"},
-    "engines": {"numpy", "onnxruntime", "cuda"},
+    "engines": {"numpy", "onnxruntime"},
     "engines/lowering": {"numpy", "onnx_ir"},
     "runtime": {"numpy", "tokenizers", "PIL", "jinja2", "click", "rich", "onnxruntime"},
     "exporter": {"numpy", "tokenizers", "PIL", "rich", "onnxruntime", *EXPORT_ONLY} - {"peft"},
@@ -63,7 +63,7 @@ LLAVAS_OWN = ("exporter/reference/meta.py", "runtime/splice.py")
 """Raise NotImplementedError where LLaVA does: ``tune_mm_mlp_adapter`` with ``mm_use_im_start_end``."""
 
 LONGEST = 300
-LONGER = {"cli.py": 400}
+LONGER = {"cli.py": 450}
 """One declaration a command: splitting it would part the commands from the options that they share."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -104,12 +105,12 @@ def current_capability() -> str:
         BackendError: there is none, or no driver, or no cuda-python.
     """
     cudart = _cuda()
-    numbers = []
     attributes = cudart.cudaDeviceAttr
+    numbers = []
     for which in (attributes.cudaDevAttrComputeCapabilityMajor, attributes.cudaDevAttrComputeCapabilityMinor):
         error, value = cudart.cudaDeviceGetAttribute(which, 0)
         if int(error) != 0:
-            raise BackendError(f"the GPU does not say its compute capability ({error.name}); is its driver whole?")
+            raise BackendError(f"no GPU can be used here ({cudart.cudaGetErrorString(error)[1].decode()})")
         numbers.append(value)
     return f"sm{numbers[0]}{numbers[1]}"
 
@@ -124,17 +125,13 @@ def free_device_memory() -> int | None:
 
 
 def _cuda() -> Any:
-    """CUDA's runtime interface, where it finds a GPU."""
+    """CUDA's runtime interface, of cuda-python."""
     try:
-        from cuda.bindings import runtime as cudart
+        return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
         raise BackendError(
             f"cuda-python cannot be imported ({error}); install it with: pip install 'llava-deploy[rtx]'"
         ) from error
-    error, count = cudart.cudaGetDeviceCount()
-    if int(error) != 0 or count == 0:
-        raise BackendError(f"no GPU can be used here ({cudart.cudaGetErrorString(error)[1].decode()})")
-    return cudart
 
 
 def serialize(module: TensorRtModule, builder: Any, network: Any, config: Any, path: Path) -> bool:
