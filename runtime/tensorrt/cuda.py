@@ -114,6 +114,17 @@ class Device:
         """Queue a copy within the GPU."""
         self._copy(to, source, size, self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
 
+    def copy_rows(self, to: tuple[int, int], source: tuple[int, int], shape: tuple[int, int]) -> None:
+        """Queue a copy of equal rows within the GPU.
+
+        Args:
+            to: address of the first row, and bytes from one to the next.
+            source: likewise.
+            shape: how many rows, and bytes of each.
+        """
+        kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call("cudaMemcpy2DAsync", *to, *source, shape[1], shape[0], kind, self.stream)
+
     def clear(self, address: int, size: int) -> None:
         """Queue writing zeros."""
         self.call("cudaMemsetAsync", address, 0, size, self.stream)
@@ -125,6 +136,13 @@ class Device:
             BackendError: something that was queued failed.
         """
         self.call("cudaStreamSynchronize", self.stream)
+
+    def mark(self) -> Mark:
+        """A place in the stream, behind all that was queued so far, that can be waited for."""
+        handle = int(self.call("cudaEventCreateWithFlags", self._api.cudaEventDisableTiming))
+        mark = Mark(self, handle)
+        self.call("cudaEventRecord", handle, self.stream)
+        return mark
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """Record what ``work`` queues, without doing it.
@@ -138,29 +156,34 @@ class Device:
         try:
             work()
         except BaseException:
-            _quietly(api.cudaStreamEndCapture, self.stream)
+            self._end_failed_capture()
             raise
         else:
             graph = self.call("cudaStreamEndCapture", self.stream)
         finally:
             self._capturing = False
-            self._release_late()
+            while self._late:
+                self.release(*self._late.pop())
         try:
             return Graph(self, int(self.call("cudaGraphInstantiate", graph, 0)))
         finally:
             _quietly(api.cudaGraphDestroy, graph)
 
     def release(self, name: str, handle: int) -> None:
-        """Call a function that frees something; later, while a capture is on, which freeing memory would break."""
+        """Call a function that frees something; after what is queued, where that may still use it.
+
+        While a capture is on, which that would break, it is put off.
+        """
         if self._capturing:
             self._late.append((name, handle))
-        else:
-            _quietly(getattr(self._api, name), handle)
+            return
+        if name != "cudaEventDestroy":
+            _quietly(self._api.cudaStreamSynchronize, self.stream)
+        _quietly(getattr(self._api, name), handle)
 
-    def _release_late(self) -> None:
-        while self._late:
-            name, handle = self._late.pop()
-            _quietly(getattr(self._api, name), handle)
+    def _end_failed_capture(self) -> None:
+        with suppress(BackendError):
+            _quietly(self._api.cudaGraphDestroy, self.call("cudaStreamEndCapture", self.stream))
 
     def _copy(self, to: int, source: int, size: int, kind: Any) -> None:
         self.call("cudaMemcpyAsync", to, source, size, kind, self.stream)
@@ -224,6 +247,19 @@ class PinnedMemory:
         raw = (ctypes.c_uint8 * self.size).from_address(self.address)
         raw.owner = self  # type: ignore[attr-defined]  # an array keeps what it lies in alive
         return np.ndarray(shape, dtype, raw, offset)
+
+
+class Mark:
+    """A place in the stream."""
+
+    def __init__(self, device: Device, handle: int) -> None:
+        self._device = device
+        self._handle = handle
+        weakref.finalize(self, device.release, "cudaEventDestroy", handle)
+
+    def wait(self) -> None:
+        """Wait until the stream has got there."""
+        self._device.call("cudaEventSynchronize", self._handle)
 
 
 class Graph:

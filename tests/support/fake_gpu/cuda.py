@@ -210,6 +210,20 @@ class FakeCuda:
             ctypes.memmove(to, memory.view(source, count).ctypes.data, count)
 
     @_results(0)
+    def cudaMemcpy2DAsync(
+        self, to: Any, pitch: int, source: Any, source_pitch: int, width: int, height: int, kind: Any, stream: Any
+    ) -> None:
+        view, to, source = self._gpu.memory.view, int(to), int(source)
+        if kind is not real.cudaMemcpyKind.cudaMemcpyDeviceToDevice or width > min(pitch, source_pitch):
+            raise CudaError(_ERRORS.cudaErrorInvalidValue)
+
+        def work() -> None:
+            for row in range(height):
+                view(to + row * pitch, width)[:] = view(source + row * source_pitch, width)
+
+        self.stream(stream).add(work)
+
+    @_results(0)
     def cudaMemsetAsync(self, address: Any, value: int, count: int, stream: Any) -> None:
         view, address = self._gpu.memory.view, int(address)
         self.stream(stream).add(lambda: view(address, count).fill(value & GARBAGE))

@@ -231,18 +231,16 @@ class FakeContext(_Checked):
             stream.capture.valid = False
             return self._refuse("enqueueV3: the first run after shapes have changed cannot be captured")
         me, version, shapes, addresses = weakref.ref(self), self._version, dict(self._shapes), dict(self._addresses)
-        engine, scratch = self._engine, self._scratch
+        engine, scratch, captured = self._engine, self._scratch, stream.capture is not None
 
         def work() -> None:
             context = me()
-            replayable = context is not None and context._version == version
+            spoilt = captured and (context is None or context._version != version)
             if scratch[1]:
                 gpu.memory.view(*scratch).fill(GARBAGE)
-            _run(engine, shapes, addresses, spoilt=not replayable)
+            _run(engine, shapes, addresses, spoilt=spoilt)
 
-        # Queued work keeps its context's memory; a graph does not.
-        kept = self if stream.capture is None else None
-        stream.add(lambda: (work(), kept)[0])
+        stream.add(work)
         return True
 
     def _problem(self) -> str | None:
