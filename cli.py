@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from llava_deploy.engines.names import DEFAULT_ACCURACY_LEVEL, AccuracyLevel, HeadPrecision, Precision
+from llava_deploy.engines.names import DEFAULT_ACCURACY_LEVEL, AccuracyLevel, Backend, HeadPrecision, Precision
 from llava_deploy.exporter.quantization.request import QuantizeRequest
+from llava_deploy.runtime.command_build import TensorRtRequest, refuse_tensorrt_options, tensorrt_options
 from llava_deploy.runtime.command_group import (
     PROGRAM,
     CommandLine,
@@ -25,6 +26,7 @@ from llava_deploy.runtime.command_options import (
     PATH,
     Answering,
     answering_options,
+    backend_option,
     images_option,
     json_option,
     load_bundle,
@@ -34,6 +36,7 @@ from llava_deploy.runtime.command_options import (
 
 if TYPE_CHECKING:
     from llava_deploy.exporter.checkpoint import Checkpoint
+    from llava_deploy.runtime.backend_choice import BackendName
 
 
 @dataclass(frozen=True)
@@ -182,19 +185,66 @@ def export(
     click.echo(output)
 
 
-@main.command(epilog=examples("build bundle --backend onnxruntime"))
+@main.command(
+    epilog=examples(
+        "build bundle --backend onnxruntime", "build bundle --backend tensorrt-rtx --sm sm89 --max-len 2048"
+    )
+)
 @_bundle
-@click.option("--backend", type=click.Choice(["onnxruntime"]), default="onnxruntime", show_default=True)
+@click.option("--backend", type=click.Choice(get_args(Backend)), default="onnxruntime", show_default=True)
 @_accuracy_level
-@click.option("--force", is_flag=True, help="Build again what is there already.")
-def build(bundle: Path, backend: str, accuracy_level: AccuracyLevel | None, force: bool) -> None:
-    """Make a bundle's engine for one backend."""
-    from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
+@tensorrt_options
+@click.option("--force", is_flag=True, help="Build again what is there already, and where memory may not do.")
+def build(
+    bundle: Path,
+    backend: Backend,
+    accuracy_level: AccuracyLevel | None,
+    tensorrt: TensorRtRequest,
+    force: bool,
+) -> None:
+    """Make a bundle's engine for one backend.
+
+    onnxruntime: on this machine's processor. tensorrt: for this machine's GPU. tensorrt-rtx: TensorRT for RTX, for any
+    GPUs that --sm names, this machine's by default; it needs no GPU.
+
+    An engine takes what it was built for and no more: prompts at once, tokens of context, pictures at once.
+    """
     from llava_deploy.runtime import terminal
 
     watch = terminal.Stopwatch()
-    with terminal.progress("building", quiet=quiet()):
-        engine = build_onnxruntime(bundle, accuracy_level=accuracy_level, replace=force)
+    if backend == "onnxruntime":
+        refuse_tensorrt_options(f"of no effect with --backend {backend}")
+        from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
+
+        with terminal.progress("building", quiet=quiet()):
+            engine = build_onnxruntime(bundle, accuracy_level=accuracy_level, replace=force)
+    else:
+        refuse_given(f"of no effect with --backend {backend}", "accuracy_level")
+        from llava_deploy.engines.tensorrt.builder import build_tensorrt
+        from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions
+
+        options = TensorRtBuildOptions(
+            backend=backend,
+            max_batch=tensorrt.max_batch,
+            max_len=tensorrt.max_len,
+            max_images=tensorrt.max_images,
+            max_seq=tensorrt.max_seq,
+            opt_batch=tensorrt.opt_batch,
+            opt_seq=tensorrt.opt_seq,
+            opt_total=tensorrt.opt_total,
+            opt_images=tensorrt.opt_images,
+            capabilities=tensorrt.sm,
+            workspace=tensorrt.workspace_bytes,
+            version_compatible=tensorrt.version_compatible,
+            refit=tensorrt.refit,
+            timing_cache=tensorrt.timing_cache,
+            release=tensorrt.trt_version,
+            skip_memory_check=force,
+        )
+        with terminal.progress("building", quiet=quiet()) as step:
+            engine = build_tensorrt(
+                bundle, options, replace=force, on_progress=lambda at: step(at.done, at.total), on_warning=say
+            )
     say(f"built for {backend} in {watch}")
     say(f"next: {PROGRAM} chat {bundle} --image PICTURE")
     click.echo(engine)
@@ -250,6 +300,7 @@ def chat(bundle: Path, images: tuple[str, ...], answering: Answering) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the drawn pictures.")
 @click.option("--blank", is_flag=True, help="Show a blank picture every time: what is right then is guessed.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Questions at once.")
+@backend_option
 @click.option("--max-new-tokens", type=int, default=32, show_default=True, help="Longest answer.")
 @json_option
 def evaluate(
@@ -259,6 +310,7 @@ def evaluate(
     seed: int,
     blank: bool,
     batch: int,
+    backend: BackendName,
     max_new_tokens: int,
     as_json: bool,
 ) -> None:
@@ -282,7 +334,7 @@ def evaluate(
     options = EvalOptions(Shown.BLANK if blank else Shown.PICTURE, batch, max_new_tokens)
     questions = drawn_questions(per_kind, seed) if data is None else read_questions(data)
     exam = Exam(questions, options, chances() if data is None else {})
-    examine(bundles, exam, lambda bundle: load_bundle(bundle, None, None), Output.JSON if as_json else Output.TEXT)
+    examine(bundles, exam, lambda bundle: load_bundle(bundle, backend), Output.JSON if as_json else Output.TEXT)
 
 
 @main.command(epilog=examples("verify llava-1.5-7b-hf bundle", "verify checkpoint bundle --image photo.jpg --json"))

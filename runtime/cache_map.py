@@ -36,7 +36,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Packing:
-    """How the places move; what no run fills may hold any finite numbers.
+    """How the places move; what no run fills may hold any numbers that are finite.
 
     Attributes:
         past_len: the cache's places before and after.

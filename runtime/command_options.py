@@ -6,16 +6,18 @@ import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
+from llava_deploy.engines.names import Backend
 from llava_deploy.runtime.command_group import options_as_one, quiet, say
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from llava_deploy.runtime import Llava
+    from llava_deploy.runtime.backend_choice import BackendName
     from llava_deploy.runtime.terminal_run import AnswerOptions
 
 PATH = click.Path(path_type=Path)
@@ -33,6 +35,7 @@ class Answering:
     repetition_penalty: float
     seed: int | None
     stop: tuple[str, ...]
+    backend: BackendName
     max_len: int | None
     threads: int | None
 
@@ -45,11 +48,13 @@ class Answering:
         return AnswerOptions(self.max_new_tokens, sampling, self.stop)
 
     def load(self, bundle: Path) -> Llava:
-        """Load a bundle with the cache and threads that are asked for."""
-        return load_bundle(bundle, self.max_len, self.threads)
+        """Load a bundle with the backend, cache and threads that are asked for."""
+        return load_bundle(bundle, self.backend, self.max_len, self.threads)
 
 
-def load_bundle(bundle: Path, max_len: int | None, threads: int | None) -> Llava:
+def load_bundle(
+    bundle: Path, backend: BackendName = "auto", max_len: int | None = None, threads: int | None = None
+) -> Llava:
     """Load a bundle, with a spinner where that takes long, and say which backend runs it."""
     from llava_deploy.engines.manifest import read_manifest
     from llava_deploy.runtime import Llava
@@ -60,7 +65,7 @@ def load_bundle(bundle: Path, max_len: int | None, threads: int | None) -> Llava
 
         waiting = terminal.progress("loading", quiet=quiet())
     with waiting:
-        llava = Llava.load(bundle, max_len=max_len, threads=threads)
+        llava = Llava.load(bundle, backend=backend, max_len=max_len, threads=threads)
     say(llava.backend)
     return llava
 
@@ -69,6 +74,13 @@ _LOADS_AT_ONCE = 256 << 20
 """Bytes: a bundle up to this size is loaded in less than a second."""
 
 
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(["auto", *get_args(Backend)]),
+    default="auto",
+    show_default=True,
+    help="What runs it; auto takes the best that the bundle has an engine for and the machine can run.",
+)
 answering_options = options_as_one(
     "answering",
     Answering,
@@ -79,8 +91,9 @@ answering_options = options_as_one(
     click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: repeat less."),
     click.option("--seed", type=int, help="Draw the same every time."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
+    backend_option,
     click.option("--max-len", type=int, help="Tokens of context: prompt, pictures and answer."),
-    click.option("--threads", type=int, help="Of one operator; by default one a physical core."),
+    click.option("--threads", type=int, help="ONNX Runtime's, of one operator; by default one a physical core."),
 )
 images_option = click.option(
     "--image", "images", multiple=True, metavar="PICTURE", help="Path, data URI, or - for standard input; repeatable."

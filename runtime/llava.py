@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -15,24 +15,16 @@ from llava_deploy.engines.integrity import Integrity
 from llava_deploy.engines.names import AccuracyLevel
 from llava_deploy.runtime.answers import Answer, Piece, Timings
 from llava_deploy.runtime.backend import DecoderSession
+from llava_deploy.runtime.backend_choice import BackendName, Wanted
 from llava_deploy.runtime.bundle import Bundle, open_bundle
 from llava_deploy.runtime.context import CachedContext
 from llava_deploy.runtime.encoding import EncodedBatch, PromptEncoder
-from llava_deploy.runtime.engine_choice import choose_onnxruntime
 from llava_deploy.runtime.generation import Generation, GenerationLimits, Row, logits_along
-from llava_deploy.runtime.onnxruntime_backend import (
-    OnnxRuntimeDecoder,
-    OnnxRuntimeOptions,
-    OnnxRuntimeVision,
-    onnxruntime_version,
-)
+from llava_deploy.runtime.loading import open_sessions
 from llava_deploy.runtime.pictures import PictureSource
 from llava_deploy.runtime.prompt import images_of, render_chat
 from llava_deploy.runtime.sampling import GREEDY, Sampler, SamplingOptions
 from llava_deploy.runtime.textstream import TextStream
-
-DEFAULT_MAX_LEN = 4096
-"""Slots of the KV cache, where the model allows as many and the caller does not say."""
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -55,7 +47,7 @@ class Llava:
         cls,
         path: str | os.PathLike[str],
         *,
-        backend: Literal["onnxruntime"] = "onnxruntime",
+        backend: BackendName = "auto",
         max_len: int | None = None,
         threads: int | None = None,
         accuracy_level: AccuracyLevel | None = None,
@@ -65,31 +57,28 @@ class Llava:
 
         Args:
             path: the bundle's directory.
-            backend: ``onnxruntime``: on the CPU, through the engine that ``build`` made or the canonical graphs.
-            max_len: slots of the KV cache, the longest context; :data:`DEFAULT_MAX_LEN` or the model's limit.
-            threads: of one operator; ``None``: one a physical core.
+            backend: ``onnxruntime`` (on the CPU, through the engine that ``build`` made or the canonical graphs),
+                ``tensorrt`` or ``tensorrt-rtx`` (on the GPU, through the engine that ``build`` made), or ``auto``: the
+                best of them that the bundle has an engine for and that runs here, said in :attr:`backend`.
+            max_len: slots of the KV cache, the longest context; all of a TensorRT engine's, or else
+                :data:`~llava_deploy.runtime.loading.DEFAULT_MAX_LEN` or the model's limit.
+            threads: of one operator of ONNX Runtime; ``None``: one a physical core.
             accuracy_level: what ONNX Runtime multiplies int4 weights in, instead of what the manifest or the engine
                 says: 4 rounds the activations to int8, 1 keeps them float32.
             integrity: how closely the files are held against the manifest.
 
         Raises:
             BundleError: the bundle is damaged or of another format.
-            BackendError: the backend is not installed or cannot load the graphs.
-            OptionError: ``max_len`` is outside what the model allows, ``threads`` is no number of threads, the backend
-                is not known, or an accuracy level that is none, or for a bundle in which nothing is quantised.
+            BackendError: the backend that is asked for is not installed or does not run on this machine, or it cannot
+                load the graphs.
+            OptionError: ``max_len`` is outside what the model or the engine allows, ``threads`` is no number of
+                threads, the backend is not known, an accuracy level that is none, or for a bundle in which nothing is
+                quantised, or an option of ONNX Runtime for another backend.
         """
-        if backend != "onnxruntime":
-            raise OptionError("backend", f"want 'onnxruntime', got {backend!r}")
+        wanted = Wanted(backend, max_len, threads, accuracy_level)
         bundle = open_bundle(Path(path), integrity)
-        shape = bundle.manifest.decoder
-        slots = min(DEFAULT_MAX_LEN, shape.max_positions) if max_len is None else max_len
-        if type(slots) is not int or not 1 <= slots <= shape.max_positions:
-            raise OptionError("max_len", f"want 1 to {shape.max_positions}, the model's positions, got {slots!r}")
-        choice = choose_onnxruntime(bundle, onnxruntime_version(), accuracy_level, integrity)
-        options = OnnxRuntimeOptions(threads, choice.accuracy_level)
-        vision = OnnxRuntimeVision(choice.vision, bundle.manifest.vision, options)
-        decoder = OnnxRuntimeDecoder(choice.decoder, shape, slots, options)
-        return cls(bundle, PromptEncoder(bundle, vision), decoder, choice.reason)
+        sessions = open_sessions(bundle, wanted, integrity)
+        return cls(bundle, PromptEncoder(bundle, sessions.vision), sessions.decoder, sessions.reason)
 
     @property
     def max_len(self) -> int:

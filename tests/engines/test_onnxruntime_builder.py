@@ -33,8 +33,8 @@ from llava_deploy.engines.manifest import (
 from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
 from llava_deploy.exporter.demo.scenes import Split, examples
 from llava_deploy.runtime import Llava
+from llava_deploy.runtime.backend_choice import OnnxRuntimeChoice, choose_onnxruntime
 from llava_deploy.runtime.bundle import open_bundle
-from llava_deploy.runtime.engine_choice import Choice, choose_onnxruntime
 
 VERSION = onnxruntime.__version__
 NAME = f"onnxruntime-{VERSION}-cpu"
@@ -56,7 +56,7 @@ def built(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def choice(bundle: Path) -> Choice:
+def choice(bundle: Path) -> OnnxRuntimeChoice:
     return choose_onnxruntime(open_bundle(bundle), VERSION, None, Integrity.FULL)
 
 

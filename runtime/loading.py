@@ -1,0 +1,69 @@
+"""From a choice of backend to the two sessions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llava_deploy.engines.engine_manifest import DECODER_PLAN, VISION_PLAN
+from llava_deploy.engines.errors import BackendError, OptionError
+from llava_deploy.engines.integrity import Integrity
+from llava_deploy.runtime.backend import DecoderSession, VisionSession
+from llava_deploy.runtime.backend_choice import OnnxRuntimeChoice, Wanted, choose, fall_back
+from llava_deploy.runtime.bundle import Bundle
+from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeDecoder, OnnxRuntimeOptions, OnnxRuntimeVision
+from llava_deploy.runtime.tensorrt_choice import TensorRtChoice, spoken
+
+DEFAULT_MAX_LEN = 4096
+"""Slots of ONNX Runtime's cache, where the model allows as many and the caller does not say."""
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """Both graphs, loaded, and a sentence for people: which backend runs, and why a better one does not."""
+
+    vision: VisionSession
+    decoder: DecoderSession
+    reason: str
+
+
+def open_sessions(bundle: Bundle, wanted: Wanted, integrity: Integrity) -> Sessions:
+    """Choose the backend and load the graphs.
+
+    Raises:
+        BundleError: a file of the engine is damaged.
+        BackendError: no backend that may be taken runs here, or it cannot load the graphs.
+        OptionError: ``max_len`` is outside what the model or the engine allows, or another option cannot be had.
+    """
+    positions = bundle.manifest.decoder.max_positions
+    if wanted.max_len is not None and (type(wanted.max_len) is not int or not 1 <= wanted.max_len <= positions):
+        raise OptionError("max_len", f"want 1 to {positions}, the model's positions, got {wanted.max_len!r}")
+    choice = choose(bundle, wanted, integrity)
+    if isinstance(choice, TensorRtChoice):
+        try:
+            return _open_tensorrt(bundle, choice)
+        except BackendError as error:  # no memory on the GPU, say
+            if wanted.backend != "auto":
+                raise
+            choice = fall_back(bundle, wanted, integrity, [f"not {spoken(choice.module.backend)}: {error}"])
+    return _open_onnxruntime(bundle, choice, wanted)
+
+
+def _open_onnxruntime(bundle: Bundle, choice: OnnxRuntimeChoice, wanted: Wanted) -> Sessions:
+    shape = bundle.manifest.decoder
+    slots = min(DEFAULT_MAX_LEN, shape.max_positions) if wanted.max_len is None else wanted.max_len
+    options = OnnxRuntimeOptions(wanted.threads, choice.accuracy_level)
+    vision = OnnxRuntimeVision(choice.vision, bundle.manifest.vision, options)
+    decoder = OnnxRuntimeDecoder(choice.decoder, shape, slots, options)
+    return Sessions(vision, decoder, choice.reason)
+
+
+def _open_tensorrt(bundle: Bundle, choice: TensorRtChoice) -> Sessions:
+    from llava_deploy.runtime.tensorrt.decoder import TensorRtDecoder
+    from llava_deploy.runtime.tensorrt.engine import open_plans
+    from llava_deploy.runtime.tensorrt.growing import GrowingDecoder
+    from llava_deploy.runtime.tensorrt.vision import TensorRtVision
+
+    plans = open_plans(choice.directory, (VISION_PLAN, DECODER_PLAN), choice.module, choice.device)
+    vision = TensorRtVision(plans[0], bundle.manifest.vision)
+    kind = TensorRtDecoder if choice.recipe.cache == "in-place" else GrowingDecoder
+    return Sessions(vision, kind(plans[1], bundle.manifest.decoder, choice.max_len), choice.reason)
