@@ -38,7 +38,7 @@ from llava_deploy.engines.tensorrt.checks import (
     expected_vision,
     with_sizes,
 )
-from llava_deploy.engines.tensorrt.constructs import Release, cache_form, parse_release, release_of
+from llava_deploy.engines.tensorrt.constructs import OLDEST, Release, cache_form, parse_release, release_of
 from llava_deploy.engines.tensorrt.memory import require_memory
 from llava_deploy.engines.tensorrt.messages import Messages
 from llava_deploy.engines.tensorrt.network import parse_network, title
@@ -161,7 +161,11 @@ def build_tensorrt(
 
 def _release(module: TensorRtModule, wanted: str | None) -> Release:
     """Whose dialect is spoken: an older one than the module's, where that is wanted."""
-    own = release_of(module)
+    own, oldest = release_of(module), OLDEST[module.backend]
+    if own.number < oldest.number:
+        raise BackendError(
+            f"want {oldest} or later, found {title(module)}, which takes too few of the graphs' operators"
+        )
     if wanted is None:
         return own
     release = parse_release(wanted)
@@ -233,7 +237,7 @@ def _parse_and_serialize(build: _Build, graph: _Graph, path: Path, expected: Exp
     monitor = make_monitor(module.api, phases)
     config.progress_monitor = monitor
     set_targets(module, config, recipe.capabilities)
-    _set_flags(module.api, config, recipe)
+    _set_flags(module, config, recipe)
     add_profiles(parsed.builder, config, graph.profiles)
     timing = load_timing_cache(module, config, build.timing_cache, messages)
 
@@ -261,7 +265,11 @@ def _build_error(build: _Build, graph: _Graph, messages: Messages) -> BackendErr
     return BackendError(f"{what}; use another version of TensorRT, or smaller limits")
 
 
-def _set_flags(api: Any, config: Any, recipe: TensorRtRecipe) -> None:
+def _set_flags(module: TensorRtModule, config: Any, recipe: TensorRtRecipe) -> None:
+    api = module.api
+    if module.backend == "tensorrt-rtx":
+        # The runtime gives an engine all of its memory, and CUDA graphs are of engines that allocate none.
+        config.set_flag(api.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.clear_flag(api.BuilderFlag.TF32)  # a graph in float32 means float32
     if recipe.version_compatible:
         config.set_flag(api.BuilderFlag.VERSION_COMPATIBLE)
