@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions, normal_capability
-from llava_deploy.engines.tensorrt_module import TensorRtModule
+from llava_deploy.engines.tensorrt_module import TensorRtBackend, TensorRtModule
 
-_ALWAYS_STRONGLY_TYPED = (11, 0)
-"""From this release on the full TensorRT has no other networks, and the flag is deprecated."""
+_ALWAYS_STRONGLY_TYPED: Mapping[TensorRtBackend, tuple[int, int]] = {"tensorrt": (11, 0), "tensorrt-rtx": (1, 7)}
+"""From these releases on there are no other networks, and the flag is deprecated."""
 
 _NO_TARGETS = ("NONE", "CURRENT")
 
 
 def network_flags(module: TensorRtModule) -> int:
-    """For ``create_network``: strongly typed, so that every tensor has the type that the graph gives it.
-
-    TensorRT for RTX has never had other networks.
-    """
-    if module.backend == "tensorrt-rtx" or module.release >= _ALWAYS_STRONGLY_TYPED:
+    """For ``create_network``: strongly typed, so that every tensor has the type that the graph gives it."""
+    if module.release >= _ALWAYS_STRONGLY_TYPED[module.backend]:
         return 0
     return 1 << int(module.api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
@@ -35,7 +33,13 @@ def resolve_capabilities(module: TensorRtModule, wanted: tuple[str, ...]) -> tup
     """
     asked = tuple(sorted({normal_capability(text) for text in wanted}, key=lambda name: int(name[2:])))
     if module.backend == "tensorrt":
-        present = current_capability()
+        try:
+            present = current_capability()
+        except BackendError as error:
+            raise BackendError(
+                f"TensorRT builds on the GPU that it builds for, and {error}; "
+                "build on a machine with that GPU, or with --backend tensorrt-rtx, which needs none"
+            ) from error
         if asked not in ((), (present,)):
             raise OptionError(
                 "sm", f"TensorRT builds for the GPU that it builds on, here {present}, got {', '.join(asked)}; "

@@ -57,6 +57,7 @@ def test_every_network_is_strongly_typed_and_no_flag_is_deprecated(rtx: TensorRt
     assert network_flags(full("10.15.1.29")) == 1 << 2
     assert network_flags(full("11.4.0.106")) == 0
     assert network_flags(rtx) == 0
+    assert network_flags(TensorRtModule("tensorrt-rtx", full("").api, "1.3.0.35")) == 1 << 2
     assert "DEPRECATED" in rtx.api.NetworkDefinitionCreationFlag.__doc__
 
 
@@ -81,7 +82,7 @@ def test_for_rtx_the_gpu_is_taken_where_none_is_named(fake_gpu: FakeGpu, rtx: Te
 )
 def test_without_a_gpu(fake_gpu: FakeGpu, missing: str, words: str) -> None:
     setattr(fake_gpu, missing, 0)
-    with pytest.raises(BackendError, match=f"no GPU can be used here .{words}"):
+    with pytest.raises(BackendError, match=rf"no GPU can be used here .{words}.*or with --backend tensorrt-rtx"):
         resolve_capabilities(full("11.4.0.106"), ())
     assert free_device_memory() is None
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tensorrt_rtx
@@ -28,6 +28,9 @@ from llava_deploy.engines.tensorrt.builder import build_tensorrt
 from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions, resolve_limits
 from llava_deploy.engines.tensorrt.progress import BuildProgress
 from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
+
+if TYPE_CHECKING:
+    from fake_gpu import FakeGpu
 
 VERSION = tensorrt_rtx.__version__
 NAME = f"tensorrt-rtx-{VERSION}-sm89"
@@ -209,6 +212,17 @@ def test_without_the_module(bundle: Path, monkeypatch: pytest.MonkeyPatch, backe
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(BackendError, match=rf"install it with: pip install 'llava-deploy\[{extra}\]'"):
         build_tensorrt(bundle, TensorRtBuildOptions(backend))
+
+
+@pytest.mark.usefixtures("unbuildable")
+def test_a_release_that_is_too_old_or_asked_for_and_not_there(bundle: Path, fake_gpu: FakeGpu) -> None:
+    fake_gpu.provide("tensorrt", "10.1.0")
+    with pytest.raises(BackendError, match=r"want TensorRT 10\.3 or later, found TensorRT 10\.1\.0, which lacks"):
+        build_tensorrt(bundle, TensorRtBuildOptions("tensorrt"))
+    fake_gpu.provide("tensorrt", "10.3.0")
+    with pytest.raises(OptionError, match=r"up to the one installed, TensorRT 10\.3\.0, got 10\.15") as raised:
+        build_tensorrt(bundle, TensorRtBuildOptions("tensorrt", release="10.15"))
+    assert raised.value.option == "trt_version"
 
 
 def test_without_what_lowers(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
