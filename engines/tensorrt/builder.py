@@ -163,9 +163,7 @@ def _release(module: TensorRtModule, wanted: str | None) -> Release:
     """Whose dialect is spoken: an older one than the module's, where that is wanted."""
     own, oldest = release_of(module), OLDEST[module.backend]
     if own.number < oldest.number:
-        raise BackendError(
-            f"want {oldest} or later, found {title(module)}, which takes too few of the graphs' operators"
-        )
+        raise BackendError(f"want {oldest} or later, found {title(module)}, which lacks operators of the graphs")
     if wanted is None:
         return own
     release = parse_release(wanted)
