@@ -128,10 +128,10 @@ class FakeGpu:
         limits: EngineLimits = LIMITS,
         capabilities: tuple[str, ...] = ("sm89",),
         cache: CacheForm = "in-place",
-        passes: Sequence[ir.passes.InPlacePass] = (),
+        passes: Sequence[ir.passes.InPlacePass] | None = None,
         version_compatible: bool = False,
     ) -> Path:
-        """An engine's directory that this GPU runs; ``passes`` come after those that every dialect has."""
+        """An engine's directory that this GPU runs; ``passes`` over the decoder, in place of the usual ones."""
         graphs = self._place / str(len(list(self._place.iterdir())))
         graphs.mkdir()
         return write_engine(

@@ -18,7 +18,7 @@ from llava_deploy.engines.engine_manifest import (
     source_digest,
 )
 from llava_deploy.engines.lowering.files import lower_file
-from llava_deploy.engines.lowering.zero_points import LowerZeroPoints
+from llava_deploy.engines.lowering.tensorrt import decoder_passes
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, describe_file, read_manifest
 from llava_deploy.engines.names import CacheForm
 from llava_deploy.engines.tensorrt_module import TensorRtBackend
@@ -64,7 +64,7 @@ def write_engine(
     limits: EngineLimits,
     capabilities: tuple[str, ...],
     cache: CacheForm,
-    passes: Sequence[ir.passes.InPlacePass],
+    passes: Sequence[ir.passes.InPlacePass] | None,
     version_compatible: bool,
 ) -> Path:
     """Write an engine's directory, by default where the bundle's engines are; lowered graphs go below ``graphs``."""
@@ -73,7 +73,8 @@ def write_engine(
     key = EngineKey(backend, version, "-".join(capabilities), source_digest(manifest), None, recipe)
     directory = bundle / key.directory if directory is None else directory
     directory.mkdir(parents=True)
-    decoder = lower_file(bundle / DECODER_GRAPH, graphs, [LowerZeroPoints(), *passes])
+    passes = decoder_passes(cache, limits.max_len) if passes is None else passes
+    decoder = lower_file(bundle / DECODER_GRAPH, graphs, passes)
     shape, vision = manifest.decoder, manifest.vision.spec(limits.max_images)
     spec = shape.spec(limits.max_batch) if cache == "in-place" else shape.growing_spec(limits.max_batch)
     profiles = {
