@@ -33,8 +33,8 @@ class GrowCache(ir.passes.InPlacePass):
             if node.op_type == "TensorScatter" and (problem := _problem(node)) is not None:
                 raise ir.passes.PreconditionError(f"{node.name!r}: a cache that cannot be made to grow: {problem}")
         for value in model.graph.outputs:
-            node = value.producer()
-            if str(value.name).startswith("present.") and (node is None or node.op_type != "TensorScatter"):
+            maker = value.producer()
+            if str(value.name).startswith("present.") and (maker is None or maker.op_type != "TensorScatter"):
                 raise ir.passes.PreconditionError(f"output {value.name!r}: want it made by TensorScatter")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -55,9 +55,9 @@ class GrowCache(ir.passes.InPlacePass):
                 each.outputs[0].replace_all_uses_with(present)
                 graph.remove(each, safe=True)
         for value in ends:
-            node = value.producer()
-            if node is not None and not value.uses():
-                graph.remove(node, safe=True)
+            maker = value.producer()
+            if maker is not None and not value.uses():
+                graph.remove(maker, safe=True)
         for value in [value for value in graph.inputs if value.name == _WRITE and not value.uses()]:
             graph.inputs.remove(value)
         return ir.passes.PassResult(model, modified=bool(scatters))

@@ -67,7 +67,7 @@ class NodeList:
         self._prefix = prefix
         self._nodes: list[ir.Node] = []
 
-    def add(self, op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+    def add(self, op_type: str, *inputs: ir.Value, **attributes: int | Sequence[int]) -> ir.Value:
         """A node with one output, which is returned."""
         name = f"{self._prefix}.{op_type}_{len(self._nodes)}"
         output = ir.Value(name=f"v_{name}")

@@ -37,8 +37,9 @@ class FixCacheLength(ir.passes.InPlacePass):
         """Change the shapes."""
         changed = False
         for value in _values(model.graph):
-            if value.shape is not None and _DIM in value.shape:
-                value.shape = ir.Shape([self._max_len if dim == _DIM else dim for dim in value.shape])
+            dims = () if value.shape is None else (*value.shape,)
+            if _DIM in dims:
+                value.shape = ir.Shape([self._max_len if dim == _DIM else dim for dim in dims])
                 changed = True
         return ir.passes.PassResult(model, modified=changed)
 

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from llava_deploy.engines.contract import DecoderShape, past_name
 from llava_deploy.engines.lowering.tensorrt import decoder_passes, vision_passes
@@ -37,9 +38,9 @@ KINDS: dict[str, tuple[DecoderConfig, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 PARTS = ("key", "value")
-TOLERANCES = {"fp32": 2e-5, "fp16": 2e-2}
+TOLERANCES = {"fp32": 2e-6, "fp16": 5e-3}
 """Largest difference over the largest value. Float32: sums in another order, over two layers. Float16: some ten
-roundings of 2^-11 a layer, each of which later layers see; a wrong slot or position gives more than 0.1."""
+roundings of 2^-11 a layer, each of which later layers see. Found: 6e-7 and 1.7e-3."""
 
 
 @dataclass
@@ -161,6 +162,33 @@ def test_a_static_cache_changes_no_number(draw_graphs: Any, session_of: Any, pre
     assert largest_difference(draw_graphs(BASE, precision, 1), "in-place", session_of, 2) == 0
 
 
+class Rounding:
+    """A session that rounds every operator's result to its dtype, as an accelerator does: ONNX's own evaluator.
+
+    ONNX Runtime computes float16 in float32 on a CPU, and rounds now and then.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self._evaluator = ReferenceEvaluator(ir.to_proto(model))
+        self._outputs = [*model.graph.outputs]
+
+    def get_outputs(self) -> list[ir.Value]:
+        return self._outputs
+
+    def run(self, names: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return self._evaluator.run(names, feed)
+
+
+@pytest.mark.parametrize("kind", ["grouped heads", "int4", "int4 asymmetric, int8 head"])
+def test_float16_rounded_everywhere_is_as_near(draw_graphs: Any, session_of: Any, kind: str) -> None:
+    config, weights = KINDS[kind]
+    graphs = draw_graphs(config, "fp16", 1, **weights)
+    lowered = ir.from_proto(ir.to_proto(graphs.decoder))
+    lower(lowered, "growing")
+    sessions = iter([session_of(graphs.decoder), Rounding(lowered)])
+    assert largest_difference(graphs, "growing", lambda _: next(sessions), 2) <= TOLERANCES["fp16"]
+
+
 def turn_backwards(model: ir.Model) -> None:
     """The rotary embedding's sines lose their sign."""
     for node in model.graph:
@@ -170,7 +198,7 @@ def turn_backwards(model: ir.Model) -> None:
 
 def test_errors_would_be_seen(draw_graphs: Any, session_of: Any) -> None:
     graphs = draw_graphs(BASE, "fp16", 1)
-    assert largest_difference(graphs, "growing", session_of, 2, turn_backwards) > 5 * TOLERANCES["fp16"]
+    assert largest_difference(graphs, "growing", session_of, 2, turn_backwards) > 20 * TOLERANCES["fp16"]
 
 
 @pytest.mark.parametrize("form", ["in-place", "growing"])
