@@ -29,8 +29,9 @@ class LowerAttention(ir.passes.InPlacePass):
         ``softmax(cast(q · scale @ kᵀ) + bias) @ v``, with ``scale = 1 / sqrt(head_dim)``
 
     Where several heads of ``q`` share one of ``k`` and ``v``, they are rows of one product, ``[batch, kv_heads,
-    group · seq, head_dim]``, so that keys and values are never repeated; between the products they are heads again, for
-    the mask. The mask becomes a bias of 0 and -1e30 once for all layers that share it.
+    group · seq, head_dim]``, so that keys and values are never repeated. The mask becomes a bias of 0 and -1e30, its
+    rows as often as a group has heads, once for all layers that share it. So nothing is between the products but what
+    TensorRT's guide names as the form that it fuses, the queries scaled before the first.
 
     Requires: ``q`` of four axes with known heads and head size, ``k`` and ``v`` with known heads (where their shapes
     are not known: as those that they are sliced or scattered from), the former's a multiple of the latter's; a mask of
@@ -49,13 +50,13 @@ class LowerAttention(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the graph."""
-        biases: dict[ir.Value, ir.Value] = {}
+        biases: dict[tuple[ir.Value, int], ir.Value] = {}
 
         def lower(graph: ir.Graph, node: ir.Node) -> None:
-            mask = node.inputs[3] if len(node.inputs) == _RANK else None
-            if mask is not None and mask not in biases:
-                biases[mask] = _bias(graph, node, mask)
-            _lower(graph, node, None if mask is None else biases[mask])
+            mask, group = node.inputs[3] if len(node.inputs) == _RANK else None, _group(node)
+            if mask is not None and (mask, group) not in biases:
+                biases[mask, group] = _bias(graph, node, mask, group)
+            _lower(graph, node, group, None if mask is None else biases[mask, group])
 
         return lowered(model, _OPERATOR, lower)
 
@@ -92,29 +93,36 @@ def _heads(value: ir.Value) -> int | None:
     return None
 
 
-def _bias(graph: ir.Graph, first: ir.Node, mask: ir.Value) -> ir.Value:
-    """Float32, of the mask's shape, in front of the first node that wants it."""
-    op = NodeList(graph, f"{mask.name}.bias")
+def _group(node: ir.Node) -> int:
+    """Heads of queries to a head of keys."""
+    q, k, *_ = (value for value in node.inputs if value is not None)
+    return static_size(q, _HEADS) // (_heads(k) or 1)
+
+
+def _bias(graph: ir.Graph, first: ir.Node, mask: ir.Value, group: int) -> ir.Value:
+    """Float32 ``[batch, 1, group * seq, total]``, in front of the first node that wants it."""
+    op = NodeList(graph, f"{mask.name}.bias_{group}")
     bias = op.add("Where", mask, op.float32(0.0), op.float32(_HIDDEN))
+    if group > 1:
+        bias = op.add("Concat", *[bias] * group, axis=2)
     op.insert_before(first)
     return bias
 
 
-def _lower(graph: ir.Graph, node: ir.Node, bias: ir.Value | None) -> None:
+def _lower(graph: ir.Graph, node: ir.Node, group: int, bias: ir.Value | None) -> None:
     q, k, v, *_ = (value for value in node.inputs if value is not None)
-    heads, kv_heads, dtype = static_size(q, _HEADS), _heads(k), q.dtype or ir.DataType.FLOAT
-    grouped = heads != kv_heads
+    heads, dtype = static_size(q, _HEADS), q.dtype or ir.DataType.FLOAT
     scale = node.attributes.get_float("scale", 1 / math.sqrt(static_size(q, -1)))
     op = NodeList(graph, str(node.name))
-
-    def regrouped(value: ir.Value, rows: int | None) -> ir.Value:
-        """Heads of a group as rows of one, or back: the same memory, as rows follow each other within a head."""
-        return op.add("Reshape", value, op.integers([0, rows or 1, -1, 0])) if grouped else value
-
-    queries = regrouped(op.add("Mul", q, op.scalar(scale, dtype)), kv_heads)  # [batch, kv_heads, group * seq, head_dim]
-    scores = op.add("MatMul", queries, op.add("Transpose", k, perm=[0, 1, 3, 2]))  # [batch, kv_heads, …, total]
-    scores = op.cast(regrouped(scores, heads), dtype, ir.DataType.FLOAT)  # [batch, heads, seq, total]
+    queries = op.add("Mul", q, op.scalar(scale, dtype))
+    if group > 1:  # heads of a group as rows of one: the same memory, as rows follow each other within a head
+        queries = op.add("Reshape", queries, op.integers([0, heads // group, -1, 0]))
+    scores = op.add("MatMul", queries, op.add("Transpose", k, perm=[0, 1, 3, 2]))  # [batch, kv_heads, rows, total]
+    scores = op.cast(scores, dtype, ir.DataType.FLOAT)
     if bias is not None:
         scores = op.add("Add", scores, bias)
-    seen = regrouped(op.cast(op.add("Softmax", scores, axis=-1), ir.DataType.FLOAT, dtype), kv_heads)
-    op.take_place_of(node, regrouped(op.add("MatMul", seen, v), heads))  # [batch, heads, seq, head_dim]
+    weights = op.cast(op.add("Softmax", scores, axis=-1), ir.DataType.FLOAT, dtype)
+    result = op.add("MatMul", weights, v)  # [batch, kv_heads, rows, head_dim]
+    if group > 1:
+        result = op.add("Reshape", result, op.integers([0, heads, -1, 0]))
+    op.take_place_of(node, result)
