@@ -15,7 +15,7 @@ class Timings:
 
     Attributes:
         preprocess: pictures loaded, resized and normalised.
-        vision: tower and projector; 0 where every picture was known from an earlier call.
+        vision: tower and projector, on a GPU by its own clock; 0 where every picture was known from an earlier call.
         splice: prompt tokenised, embeddings looked up, image features put between them.
         prefill: decoder over the prompt, first token chosen.
         decode: all later tokens.

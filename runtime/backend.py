@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -49,6 +49,12 @@ class VisionSession(Protocol):
 
         Any float dtype comes in; the features are in the graph's. They may stay on the device, a
         :class:`DeviceFeatures` a picture.
+        """
+
+    def clock(self) -> Callable[[], float] | None:
+        """What tells the seconds that the device took for the last :meth:`encode`; ``None`` where that had waited.
+
+        To be asked when a step of the decoder is over: before that it waits for the device.
         """
 
 

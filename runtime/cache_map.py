@@ -59,6 +59,7 @@ class CacheMap:
     """
 
     def __init__(self, batch: int, max_len: int) -> None:
+        self.batch = batch
         self.past_len = 1
         """Places of the cache, place 0 included."""
         self._max_len = max_len

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -32,6 +32,7 @@ class EncodedBatch:
         seen_ids: each row's token ids, a picture as the placeholder's id where that has one: what transformers' logits
             processors see of a prompt.
         slots: what each token of the first row was computed from: its id, or its picture's digest and feature row.
+        vision_clocks: tell the seconds of the tower's runs that a device may still be at work on.
     """
 
     tokens: NewTokens
@@ -40,6 +41,11 @@ class EncodedBatch:
     preprocess_seconds: float
     vision_seconds: float
     splice_seconds: float
+    vision_clocks: tuple[Callable[[], float], ...]
+
+    def vision_lag(self) -> float:
+        """Seconds of ``vision_clocks`` that are not in ``vision_seconds``; 0 where there is no device."""
+        return max(0.0, sum(clock() for clock in self.vision_clocks) - self.vision_seconds)
 
 
 class _Laps:
@@ -47,6 +53,7 @@ class _Laps:
 
     def __init__(self) -> None:
         self.seconds = {"preprocess": 0.0, "vision": 0.0, "splice": 0.0}
+        self.clocks: list[Callable[[], float]] = []
         self._began = time.perf_counter()
 
     def end(self, part: str) -> None:
@@ -134,6 +141,7 @@ class PromptEncoder:
             preprocess_seconds=laps.seconds["preprocess"],
             vision_seconds=laps.seconds["vision"],
             splice_seconds=laps.seconds["splice"],
+            vision_clocks=tuple(laps.clocks),
         )
 
     def _features_of(self, pictures: Mapping[bytes, Image.Image], laps: _Laps) -> dict[bytes, ImageFeatures]:
@@ -149,6 +157,8 @@ class PromptEncoder:
             for digest, features in zip(group, encoded, strict=True):
                 found[digest] = features
                 self._features.put(digest, features)
+            if (clock := self.vision.clock()) is not None:
+                laps.clocks.append(clock)
             laps.end("vision")
         return found
 

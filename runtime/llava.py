@@ -179,9 +179,9 @@ class Llava:
         """
         batch = self.encoder.encode(prompts, images, self.decoder.max_len)
         reused = self._claim_cache(batch)
-        call, prompts = self._call, batch.tokens.after(reused)
-        for count, logits in enumerate(logits_along(self.decoder, prompts, answers, self.encoder.embed)):
-            if len(prompts.lengths) == 1:
+        call, rest = self._call, batch.tokens.after(reused)
+        for count, logits in enumerate(logits_along(self.decoder, rest, answers, self.encoder.embed)):
+            if len(rest.lengths) == 1:
                 self._context.extend((answers[0][count - 1],) if count else batch.slots[reused:])
             yield logits
             self._require_latest(call)
@@ -252,11 +252,12 @@ class Llava:
 
 
 def _timings(generation: Generation, batch: EncodedBatch, row: int, reused: int, began: float) -> Timings:
+    lag = batch.vision_lag()  # the first step has waited for the tower
     return Timings(
         preprocess=batch.preprocess_seconds,
-        vision=batch.vision_seconds,
+        vision=batch.vision_seconds + lag,
         splice=batch.splice_seconds,
-        prefill=generation.prefill_seconds,
+        prefill=max(0.0, generation.prefill_seconds - lag),
         decode=generation.decode_seconds,
         ttft=generation.first_token_at - began,
         prompt_tokens=int(batch.tokens.lengths[row]),

@@ -87,7 +87,9 @@ def splice_rows(
     if not on_device:
         return embeds, ()
     numbers = [
-        1 + index * patches + np.arange(patches)[:, None] if index in on_device else np.zeros((len(run), 1), np.int64)
+        np.zeros((len(run), 1), np.int64)
+        if isinstance(run, np.ndarray)
+        else 1 + index * patches + np.arange(patches, dtype=np.int64)[:, None]
         for index, run in enumerate(runs)
     ]
     spliced = _splice(ids, numbers, lambda text: np.zeros((len(text), 1), np.int64))

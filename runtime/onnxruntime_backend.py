@@ -68,6 +68,9 @@ class OnnxRuntimeVision:
             raise BackendError(f"ONNX Runtime failed in the vision tower: {_cause(error)}; {_VERIFY}") from error
         return features
 
+    def clock(self) -> None:
+        """There is nothing that :meth:`encode` has not waited for."""
+
 
 class OnnxRuntimeDecoder:
     """The decoder graph on the CPU.

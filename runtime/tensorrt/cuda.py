@@ -139,7 +139,7 @@ class Device:
 
     def mark(self) -> Mark:
         """A place in the stream, behind all that was queued so far, that can be waited for."""
-        handle = int(self.call("cudaEventCreateWithFlags", self._api.cudaEventDisableTiming))
+        handle = int(self.call("cudaEventCreateWithFlags", self._api.cudaEventDefault))
         mark = Mark(self, handle)
         self.call("cudaEventRecord", handle, self.stream)
         return mark
@@ -246,7 +246,7 @@ class PinnedMemory:
         """An array over a part of it, ``offset`` bytes in."""
         raw = (ctypes.c_uint8 * self.size).from_address(self.address)
         raw.owner = self  # type: ignore[attr-defined]  # an array keeps what it lies in alive
-        return np.ndarray(shape, dtype, raw, offset)
+        return np.ndarray(shape, dtype, memoryview(raw), offset)
 
 
 class Mark:
@@ -260,6 +260,11 @@ class Mark:
     def wait(self) -> None:
         """Wait until the stream has got there."""
         self._device.call("cudaEventSynchronize", self._handle)
+
+    def since(self, earlier: Mark) -> float:
+        """Seconds that passed on the GPU from there to here; waits until the stream has got here."""
+        self.wait()
+        return float(self._device.call("cudaEventElapsedTime", earlier._handle, self._handle)) / 1000
 
 
 class Graph:

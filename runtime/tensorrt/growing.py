@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,9 +17,18 @@ from llava_deploy.runtime.tensorrt.buffers import Arrays, Fields, Logits, Stagin
 from llava_deploy.runtime.tensorrt.cuda import DeviceMemoryError
 from llava_deploy.runtime.tensorrt.engine import Context, Engine, Replay
 from llava_deploy.runtime.tensorrt.feeding import check_step, place_pictures, require_batch
-from llava_deploy.runtime.tensorrt.ping_pong import CacheSize, PingPong
+from llava_deploy.runtime.tensorrt.ping_pong import PingPong
 
 _INT64, _BOOL = np.dtype(np.int64), np.dtype(np.bool_)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What belongs to a number of rows."""
+
+    rows: int
+    cache: PingPong
+    logits: Logits
 
 
 class GrowingDecoder:
@@ -55,20 +65,20 @@ class GrowingDecoder:
         self._decode = engine.context(DECODE_PROFILE, Replay.NEVER)
         self._prompts = Staging(engine.device, "a prompt's embeddings")
         self._tokens = Staging(engine.device, "a step's embeddings")
-        self._rows = 0
-        self._batch = 0
+        self._held: _Held | None = None
+        self._map: CacheMap | None = None
 
     def begin(self, batch: int) -> None:
         """Have a cache for ``batch`` rows; see :class:`DecoderSession`."""
         require_batch(batch, self._limits)
-        if batch == self._batch:
+        if self._map is not None and batch == self._map.batch:
             return
-        self._batch = 0
-        if batch > self._rows:
-            self._allocate(batch)
-        self._cache.empty()
+        self._map = None
+        if self._held is None or batch > self._held.rows:
+            self._held = None  # the old buffers go before new ones come
+            self._held = self._allocate(batch)
+        self._held.cache.empty()
         self._map = CacheMap(batch, self.max_len)
-        self._batch = batch
 
     def step(
         self,
@@ -78,54 +88,56 @@ class GrowingDecoder:
         pictures: Sequence[Placement] = (),
     ) -> np.ndarray:
         """Run the decoder over new tokens; see :class:`DecoderSession`."""
-        check_step(inputs_embeds, self._batch, self._shape, self.max_seq)
+        if self._held is None or self._map is None:
+            raise ContractError("decoder: want begin() before step()")
+        check_step(inputs_embeds, self._map.batch, self._shape, self.max_seq)
         try:
-            return self._run(inputs_embeds, write_indices, last_index, pictures)
+            logits = self._run(self._held, self._map, (inputs_embeds, write_indices, last_index), pictures)
         except BackendError:
             with suppress(BackendError):
                 self._device.synchronize()  # what was queued before the failure still uses the buffers
             raise
+        self._map.written(write_indices, inputs_embeds.shape[1])
+        self._held.cache.swap()
+        return logits
 
     def _run(
         self,
-        inputs_embeds: np.ndarray,
-        write_indices: np.ndarray,
-        last_index: np.ndarray,
+        held: _Held,
+        places: CacheMap,
+        inputs: tuple[np.ndarray, np.ndarray, np.ndarray],
         pictures: Sequence[Placement],
     ) -> np.ndarray:
-        seq = inputs_embeds.shape[1]
-        if (packing := self._map.packing(write_indices, seq)) is not None:
-            self._cache.pack(packing)
-            self._map.packed(packing)
+        """A step, from packing the cache to the logits; ``inputs`` are those of :meth:`step`."""
+        inputs_embeds, write_indices, last_index = inputs
+        batch, seq, _ = inputs_embeds.shape
+        if (packing := places.packing(write_indices, seq)) is not None:
+            held.cache.pack(packing)
+            places.packed(packing)
         single = seq == 1 and not pictures
         context, staging = (self._decode, self._tokens) if single else (self._prefill, self._prompts)
-        arrays = staging.lay_out(self._fields(self._batch, seq, self._map.past_len + seq))
+        arrays = staging.lay_out(self._fields(batch, seq, places.past_len + seq))
         arrays.host["inputs_embeds"][:] = inputs_embeds
         arrays.host["position_ids"][:] = step_positions(write_indices, seq)
-        arrays.host["attention_mask"][:] = self._map.mask(write_indices, seq)
+        arrays.host["attention_mask"][:] = places.mask(write_indices, seq)
         arrays.host["last_index"][:] = last_index
         place_pictures(self._device, arrays, pictures)
-        self._bind(context, arrays)
+        self._bind(context, arrays, held, (batch, self._shape.kv_heads, places.past_len, self._shape.head_dim))
         context.run()
-        logits = self._logits.download(self._batch)
+        logits = held.logits.download(batch)
         self._device.synchronize()
-        self._map.written(write_indices, seq)
-        self._cache.swap()
         return logits
 
-    def _allocate(self, rows: int) -> None:
-        self._rows = 0
-        for name in ("_cache", "_logits"):  # the old buffers go before new ones come
-            self.__dict__.pop(name, None)
+    def _allocate(self, rows: int) -> _Held:
+        device, shape, places = self._device, self._shape, self.max_len + 1
         try:
-            self._cache = PingPong(self._device, self._shape, CacheSize(rows, self.max_len + 1))
-            self._logits = Logits(self._device, rows, self._shape.vocab_size)
-            self._tokens.lay_out(self._fields(rows, 1, self.max_len + 1))  # once, at its largest
+            held = _Held(rows, PingPong(device, shape, rows, places), Logits(device, rows, shape.vocab_size))
+            self._tokens.lay_out(self._fields(rows, 1, places))  # once, at its largest
         except DeviceMemoryError as error:
             raise DeviceMemoryError(
                 f"{error}; give fewer prompts at once, or load the bundle with a smaller max_len (--max-len)"
             ) from error
-        self._rows = rows
+        return held
 
     def _fields(self, batch: int, seq: int, total: int) -> Fields:
         return {
@@ -135,15 +147,13 @@ class GrowingDecoder:
             "last_index": ((batch,), _INT64),
         }
 
-    def _bind(self, context: Context, arrays: Arrays) -> None:
-        shape = self._shape
+    def _bind(self, context: Context, arrays: Arrays, held: _Held, past: tuple[int, ...]) -> None:
         for name, address in arrays.addresses.items():
             context.reshape(name, arrays.host[name].shape)
             context.bind(name, address)
-        past = (self._batch, shape.kv_heads, self._map.past_len, shape.head_dim)
-        for layer in range(shape.layers):
+        for name, address in held.cache.bindings().items():
+            context.bind(name, address)
+        for layer in range(self._shape.layers):
             for part in ("key", "value"):
                 context.reshape(past_name(layer, part), past)
-        for name, address in self._cache.bindings().items():
-            context.bind(name, address)
-        context.bind("logits", self._logits.address)
+        context.bind("logits", held.logits.address)

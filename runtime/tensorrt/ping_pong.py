@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from llava_deploy.engines.contract import DecoderShape, past_name, present_name
 from llava_deploy.runtime.cache_map import Packing
-from llava_deploy.runtime.tensorrt.cuda import ALIGNMENT, Device
-
-
-@dataclass(frozen=True)
-class CacheSize:
-    """Rows, and the most places of each: one more than there are slots."""
-
-    batch: int
-    places: int
+from llava_deploy.runtime.tensorrt.buffers import aligned
+from llava_deploy.runtime.tensorrt.cuda import Device
 
 
 class PingPong:
@@ -27,19 +18,19 @@ class PingPong:
     meets a weight of 0, and 0 x NaN is NaN.
     """
 
-    def __init__(self, device: Device, shape: DecoderShape, size: CacheSize) -> None:
-        """Allocate both halves.
+    def __init__(self, device: Device, shape: DecoderShape, batch: int, places: int) -> None:
+        """Allocate both halves for rows of so many places: one more than there are slots.
 
         Raises:
             DeviceMemoryError: no room.
         """
         self._device = device
-        self._rows = size.batch * shape.kv_heads
+        self._rows = batch * shape.kv_heads
         self._heads = shape.kv_heads
         self._place = shape.head_dim * np.dtype(shape.dtype).itemsize  # bytes of one head at one place
         self._parts = [(layer, part) for layer in range(shape.layers) for part in ("key", "value")]
-        self._stride = -(-self._rows * size.places * self._place // ALIGNMENT) * ALIGNMENT
-        purpose = f"the KV cache of {size.batch} x {size.places - 1} tokens, twice, as it grows from one into the other"
+        self._stride = aligned(self._rows * places * self._place)
+        purpose = f"the KV cache of {batch} x {places - 1} tokens, twice, as it grows from one into the other"
         half = len(self._parts) * self._stride
         self._memory = device.allocate(2 * half, purpose)
         self._halves = [self._memory.address, self._memory.address + half]

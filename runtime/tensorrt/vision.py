@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 
@@ -60,6 +61,7 @@ class TensorRtVision:
         self._features: DeviceMemory | None = None
         self._pool = Pool(engine.device, self._picture_size, "a picture's features")
         self._uploaded: Mark | None = None
+        self._span: tuple[Mark, Mark] | None = None
 
     @property
     def _picture_size(self) -> int:
@@ -83,7 +85,6 @@ class TensorRtVision:
         arrays.host["pixel_values"][:] = feed
         size = self._picture_size
         if self._features is None or self._features.size < images * size:
-            device.synchronize()  # features of the call before may still be on their way out of it
             self._features = None
             self._features = device.allocate(images * size, "pictures' features")
         blocks = [self._pool.take() for _ in range(images)]
@@ -91,6 +92,7 @@ class TensorRtVision:
             TensorRtFeatures(device, block, self._pool, (shape.patches, shape.hidden_size), shape.dtype)
             for block in blocks
         ]
+        began = device.mark()
         arrays.upload()
         self._uploaded = device.mark()
         self._context.bind("pixel_values", arrays.addresses["pixel_values"])
@@ -100,4 +102,12 @@ class TensorRtVision:
         # Each in a block of its own: the pictures of one run are not forgotten together.
         for i, block in enumerate(blocks):
             device.copy(block.address, self._features.address + i * size, size)
+        self._span = (began, device.mark())
         return found
+
+    def clock(self) -> Callable[[], float] | None:
+        """Seconds that the GPU took for the last :meth:`encode`; see :class:`VisionSession`."""
+        if self._span is None:
+            return None
+        began, ended = self._span
+        return lambda: ended.since(began)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from cuda.bindings import runtime
 from PIL import Image
 
 from llava_deploy.engines.engine_manifest import ENGINES
 from llava_deploy.engines.errors import BackendError, BundleError, OptionError
-from llava_deploy.engines.lowering.tensorrt import decoder_passes
 from llava_deploy.exporter.demo.scenes import Split, examples
 from llava_deploy.runtime import Llava, Piece, SamplingOptions
 from llava_deploy.runtime.prompt import images_of, render_chat
@@ -58,11 +58,10 @@ def add_engine(bundle: Path, fake_gpu: FakeGpu) -> AddEngine:
     """Put an engine into the bundle whose cache is of that form."""
 
     def add(cache: str) -> Path:
-        passes = decoder_passes(cache, MAX_LEN)
         if cache == "in-place":
-            return fake_gpu.write_engine(bundle, passes=passes)
+            return fake_gpu.write_engine(bundle)
         fake_gpu.provide("tensorrt", OLD)
-        return fake_gpu.write_engine(bundle, backend="tensorrt", version=OLD, cache=cache, passes=passes)
+        return fake_gpu.write_engine(bundle, backend="tensorrt", version=OLD, cache=cache)
 
     return add
 
@@ -169,6 +168,26 @@ def test_nobody_waits_between_the_tower_and_the_first_token(
     assert counts[-1] == 2, counts  # for each token's logits; the first time buffers are made
 
 
+def test_the_towers_time_is_the_gpus(
+    on_gpu: Llava, scenes: list[Any], fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host has gone on long before: what it waits for in the first step is not the decoder's."""
+    ended: list[int] = []
+
+    def elapsed(_begin: Any, end: Any) -> tuple[Any, float]:
+        ended.append(int(end))
+        return runtime.cudaError_t.cudaSuccess, 250.0
+
+    monkeypatch.setattr(fake_gpu.cuda, "cudaEventElapsedTime", elapsed)
+    picture, question = scenes[0]
+    first, again = (on_gpu.generate([QUESTION.format(question)], [[picture]])[0].timings for _ in range(2))
+    assert first.vision == pytest.approx(0.25)
+    assert first.prefill >= 0
+    assert again.vision == 0
+    assert again.prefill > 0
+    assert len(ended) == 1
+
+
 def test_a_full_context_and_samples(bundle: Path, add_engine: AddEngine, demo_bundle: Path) -> None:
     """Rows end at different times, and go on writing to their last slot; the growing cache is packed on the way."""
     hot = SamplingOptions(temperature=50.0, seed=3)
@@ -195,7 +214,7 @@ def test_logits_along_given_answers(on_gpu: Llava, on_cpu: Llava, scenes: list[A
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_int4_and_nothing_is_left_on_the_gpu(
+def test_nothing_is_left_on_the_gpu(
     bundle: Path, add_engine: AddEngine, fake_gpu: FakeGpu, form: str, scenes: list[Any]
 ) -> None:
     add_engine(form)

@@ -11,7 +11,7 @@ from llava_deploy.engines.contract import DecoderShape
 from llava_deploy.engines.errors import BackendError
 from llava_deploy.runtime.cache_map import CacheMap, Packing
 from llava_deploy.runtime.tensorrt.cuda import Device
-from llava_deploy.runtime.tensorrt.ping_pong import CacheSize, PingPong
+from llava_deploy.runtime.tensorrt.ping_pong import PingPong
 
 if TYPE_CHECKING:
     from fake_gpu import FakeGpu
@@ -34,7 +34,7 @@ def test_it_holds_what_arrays_hold(fake_gpu: FakeGpu, seed: int) -> None:
     """The step is done by hand: what was there, and new numbers after it, go to the present."""
     rng = np.random.default_rng(seed)
     device = Device()
-    cache, kept = PingPong(device, SHAPE, CacheSize(BATCH, MAX_LEN + 1)), CacheMap(BATCH, MAX_LEN)
+    cache, kept = PingPong(device, SHAPE, BATCH, MAX_LEN + 1), CacheMap(BATCH, MAX_LEN)
     want = {name: np.zeros((BATCH, SHAPE.kv_heads, 1, SHAPE.head_dim), np.float16) for name in NAMES}
     packings = 0
 
@@ -72,5 +72,5 @@ def test_it_says_what_it_has_no_room_for(fake_gpu: FakeGpu) -> None:
     with pytest.raises(
         BackendError, match=r"the KV cache of 2 x 12 tokens, twice, as it grows .*: want 6,144 bytes on the"
     ):
-        PingPong(Device(), SHAPE, CacheSize(BATCH, MAX_LEN + 1))
+        PingPong(Device(), SHAPE, BATCH, MAX_LEN + 1)
     assert fake_gpu.live() == {}
