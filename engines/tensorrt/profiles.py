@@ -11,6 +11,14 @@ from llava_deploy.engines.errors import BackendError
 from llava_deploy.engines.names import CacheForm
 from llava_deploy.engines.tensorrt_recipe import DECODE_PROFILE, PREFILL_PROFILE, EngineLimits
 
+_ROWS = 2
+"""That the decoder's profiles allow at least, though a limit of one keeps the runtime to one.
+
+For a batch that is 1 and no range TensorRT chooses kernels that want a weight's bytes in another order, prefill's not
+that of decode's, and the plan holds such weights twice. One layer of LLaVA-1.5-7B's decoder and its output layer, with
+TensorRT for RTX 1.7.1: 953 MB in fp16 of 668 MB of weights, with a range 672 MB; the ranges must be in both profiles.
+"""
+
 Shape: TypeAlias = "tuple[int, ...]"
 
 
@@ -43,7 +51,7 @@ def decoder_profiles(spec: GraphSpec, limits: EngineLimits, cache: CacheForm) ->
     Where the cache grows, ``total`` is ``past_len + seq``. TensorRT holds the profiles' corners against that, so that
     the longest ``total`` of prefill is that of the longest past and the longest piece, beyond what is ever bound.
     """
-    batch = Dim("batch", 1, limits.opt_batch, limits.max_batch)
+    batch = Dim("batch", 1, limits.opt_batch, max(_ROWS, limits.max_batch))
     piece, one = Dim("seq", 1, limits.opt_seq, limits.max_seq), Dim("seq", 1, 1, 1)
     if cache == "in-place":
         prefill = [batch, piece, Dim("total", 1, limits.opt_seq, limits.max_len)]

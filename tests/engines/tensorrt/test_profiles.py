@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from llava_deploy.engines.contract import DecoderShape, VisionShape
@@ -45,6 +47,14 @@ def test_prefill_takes_pieces_and_decode_one_token() -> None:
     assert both[DECODE_PROFILE]["attention_mask"] == InputRange((1, 1, 1, 1), (2, 1, 1, 60), (4, 1, 1, 96))
     cache = InputRange((1, 3, 96, 16), (2, 3, 96, 16), (4, 3, 96, 16))
     assert both[PREFILL_PROFILE]["past.1.value"] == both[DECODE_PROFILE]["past.1.value"] == cache
+
+
+def test_a_batch_of_one_is_a_range_all_the_same() -> None:
+    limits = dataclasses.replace(LIMITS, max_batch=1, opt_batch=1)
+    spec = with_sizes(decoder_spec(SHAPE, limits, "in-place"), {"max_len": 96})
+    for profile in decoder_profiles(spec, limits, "in-place"):
+        rows = profile["last_index"]
+        assert rows == InputRange((1,), (1,), (2,))
 
 
 @pytest.mark.parametrize("index", [PREFILL_PROFILE, DECODE_PROFILE])
