@@ -5,93 +5,64 @@ Imports the runtime, as few files of this room do: it is where both sides meet.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime
 import torch
 from PIL import Image
 
-from llava_deploy.engines.contract import HIDDEN_STATES, hidden_state_name, past_name
-from llava_deploy.engines.errors import InputError
-from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest
-from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, Precision
+from llava_deploy.engines.contract import hidden_state_name, past_name
+from llava_deploy.engines.errors import InputError, OptionError
+from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.graphs import decoder_shape, vision_shape
 from llava_deploy.exporter.halves import TOWER_FEATURES
+from llava_deploy.exporter.inner_values import all_outputs
 from llava_deploy.exporter.quantization.held import quantized_in_decoder
 from llava_deploy.exporter.quantization.stored import with_stored_decoder
 from llava_deploy.exporter.reference.pixels import reference_pixels
 from llava_deploy.exporter.reference.splice import SpliceOptions
 from llava_deploy.exporter.reference.splice import splice as reference_splice
-from llava_deploy.exporter.reference.torch_model import TorchLlava, load_torch
+from llava_deploy.exporter.reference.torch_model import TorchLlava, exact_float32, load_torch
+from llava_deploy.exporter.stages import (
+    INT8_TOLERANCE,
+    QUANTIZED_TOLERANCE,
+    TOLERANCE,
+    StageResult,
+    VerifyReport,
+    pixel_stage,
+    stage,
+)
 from llava_deploy.runtime import Llava
 from llava_deploy.runtime.backend import step_mask, step_positions
-from llava_deploy.runtime.generation import prefill
+from llava_deploy.runtime.backend_choice import BackendName
+from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeDecoder
 from llava_deploy.runtime.pictures import PictureSource, load_picture
 from llava_deploy.runtime.tokenize import tokenize_prompt
 
-TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "int4": 1e-2, "int4-awq": 1e-2}
-"""Largest relative error ``|found - wanted| / |wanted|`` (2-norms) of a position, by the bundle's precision."""
-
-QUANTIZED_TOLERANCE = 0.5
-"""The same, for logits of the bundle's int4 weights against those of the checkpoint's floats: small enough to tell a
-model from another one (unrelated logits are 1.4 apart), no measure of what quantisation costs, which is ``eval``'s."""
-
-INT8_TOLERANCE = 1e-1
-"""The same, for logits where ONNX Runtime rounds the activations of each product to 8 bits (accuracy level 4)."""
-
 
 @dataclass(frozen=True)
-class StageResult:
-    """One stage: what differs between PyTorch and the bundle, and how far it may.
+class VerifyOptions:
+    """What both sides are given.
 
-    ``kind`` is ``pixels``, ``tower``, ``projector``, ``splice``, ``weights``, ``decoder``, ``logits`` or ``tokens``.
-    For pixels the error is in 8-bit levels; for tokens it is the tokens that differ; for the rest it is the relative
-    error.
+    Attributes:
+        prompt: as for :meth:`Llava.generate`, with one placeholder.
+        picture: the picture for it.
+        max_new_tokens: greedy tokens to compare.
+        device: where PyTorch computes, by PyTorch's name: ``cpu`` or ``cuda``.
     """
 
-    name: str
-    kind: str
-    max_abs_error: float
-    error: float
-    tolerance: float
-    detail: str
-
-    @property
-    def ok(self) -> bool:
-        """Whether the stage is within its tolerance; NaN is not."""
-        return self.error <= self.tolerance
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """All stages, in the order in which data passes them."""
-
-    backend: str
     prompt: str
-    stages: tuple[StageResult, ...]
+    picture: PictureSource
+    max_new_tokens: int = 32
+    device: str = "cpu"
 
-    @property
-    def first_failure(self) -> str | None:
-        """The first stage that left its tolerance: where to look."""
-        return next((stage.name for stage in self.stages if not stage.ok), None)
-
-    @property
-    def ok(self) -> bool:
-        """Whether every stage is within its tolerance."""
-        return self.first_failure is None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        stages = [{**dataclasses.asdict(stage), "ok": stage.ok} for stage in self.stages]
-        first = self.first_failure
-        return {"ok": self.ok, "first_failure": first, "backend": self.backend, "prompt": self.prompt, "stages": stages}
+    def __post_init__(self) -> None:
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise OptionError("device", f"want a device that PyTorch has, got {self.device!r} and it sees no GPU")
 
 
 def verify(
@@ -101,131 +72,119 @@ def verify(
     prompt: str,
     picture: PictureSource,
     max_new_tokens: int = 32,
+    backend: BackendName = "auto",
     on_stage: Callable[[StageResult], None] = lambda _: None,
 ) -> VerifyReport:
-    """Compare a bundle with the checkpoint it was made from.
+    """Compare a bundle, loaded for a backend, with the checkpoint it was made from; see :func:`verify_loaded`.
 
-    Layer by layer it is the canonical graphs that are compared; features, logits and tokens are also those of what the
-    runtime chose to load. PyTorch runs in float32. Of a quantised bundle PyTorch's decoder gets the weights that the
-    bundle's stand for, after a stage that tells whether these are this checkpoint's: exactly where it holds them
-    quantised itself, roughly where it holds floats. What quantisation costs is ``eval``'s to say.
+    Raises:
+        InputError: the bundle was made from a model of other sizes.
+        BackendError: the backend cannot run it here.
+    """
+    llava = Llava.load(bundle, backend=backend)
+    return verify_loaded(checkpoint, llava, VerifyOptions(prompt, picture, max_new_tokens), on_stage)
+
+
+def verify_loaded(
+    checkpoint: Checkpoint,
+    llava: Llava,
+    options: VerifyOptions,
+    on_stage: Callable[[StageResult], None] = lambda _: None,
+) -> VerifyReport:
+    """Compare a bundle, loaded already, with the checkpoint it was made from.
+
+    Layer by layer it is the canonical graphs that are compared; features, logits and tokens are also those of what
+    is loaded: the logits after the prompt, and those after each token of PyTorch's answer, which are decode's. PyTorch
+    runs in float32. Of a quantised bundle PyTorch's decoder gets the weights that the bundle's stand for, after a stage
+    that tells whether these are this checkpoint's: exactly where it holds them quantised itself, roughly where it holds
+    floats. What quantisation costs is ``eval``'s to say.
 
     Args:
         checkpoint: the original.
-        bundle: made from it.
-        prompt: as for :meth:`Llava.generate`, with one placeholder.
-        picture: the picture for it.
-        max_new_tokens: greedy tokens to compare.
+        llava: a bundle made from it.
+        options: what both are given.
         on_stage: called with each result as it is known.
 
     Raises:
         InputError: the bundle was made from a model of other sizes.
     """
-    llava = Llava.load(bundle)
     precision = llava.manifest.model.precision
     shapes = (vision_shape(checkpoint.config, precision), decoder_shape(checkpoint.config, precision))
     if shapes != (llava.manifest.vision, llava.manifest.decoder):
         raise InputError(
-            f"{bundle}: made from a model of other sizes than {checkpoint.directory} ({llava.manifest.model.decoder}; "
-            f"{llava.manifest.model.vision}); give the checkpoint that it was exported from"
+            f"{llava.directory}: made from a model of other sizes than {checkpoint.directory} "
+            f"({llava.manifest.model.decoder}; {llava.manifest.model.vision}); give the checkpoint that it was "
+            "exported from"
         )
-    stored = None if llava.manifest.quantization is None else with_stored_decoder(checkpoint, bundle)
     stages = []
-    with torch.inference_mode():
-        for stage in _stages(llava, checkpoint, stored, prompt, picture, max_new_tokens):
-            stages.append(stage)
-            on_stage(stage)
-    return VerifyReport(llava.backend, prompt, tuple(stages))
+    with torch.inference_mode(), exact_float32():
+        for result in _stages(llava, checkpoint, options):
+            stages.append(result)
+            on_stage(result)
+    return VerifyReport(llava.backend, options.prompt, tuple(stages))
 
 
-def _stages(
-    llava: Llava,
-    checkpoint: Checkpoint,
-    stored: Checkpoint | None,
-    prompt: str,
-    picture: PictureSource,
-    max_new_tokens: int,
-) -> Iterator[StageResult]:
-    """``stored``: the checkpoint with the decoder's weights of a quantised bundle."""
-    manifest, recipe = llava.manifest, checkpoint.image
-    model = load_torch(checkpoint)
+def _stages(llava: Llava, checkpoint: Checkpoint, options: VerifyOptions) -> Iterator[StageResult]:
+    manifest, device = llava.manifest, options.device
+    # The checkpoint with the decoder's weights of a quantised bundle.
+    stored = None if manifest.quantization is None else with_stored_decoder(checkpoint, llava.directory)
+    model = load_torch(checkpoint).to(device)
     tolerance = TOLERANCE[manifest.model.precision]
-    image = load_picture(picture)
+    image = load_picture(options.picture)
     pixels = llava.encoder.pixels([image])  # [1, 3, height, width]
-    yield _pixel_stage(pixels, reference_pixels(image, recipe), manifest)
+    yield pixel_stage(pixels, reference_pixels(image, checkpoint.image), manifest.image)
 
-    found = _all_outputs(llava.directory / VISION_GRAPH, {"pixel_values": pixels.astype(manifest.vision.dtype)})
-    states = model.hidden_states(torch.from_numpy(pixels))
+    found = all_outputs(llava.directory / VISION_GRAPH, {"pixel_values": pixels.astype(manifest.vision.dtype)})
+    states = model.hidden_states(torch.from_numpy(pixels).to(device))
     for index in range(len(states)):
         if (name := hidden_state_name(index)) in found:
-            yield _stage(f"tower {name}", "tower", found[name], states[index], tolerance)
+            yield stage(f"tower {name}", "tower", found[name], states[index], tolerance)
     selected = model.select(states)
-    yield _stage("tower features", "tower", found[TOWER_FEATURES], selected, tolerance)
+    yield stage("tower features", "tower", found[TOWER_FEATURES], selected, tolerance)
     features = model.projector(selected)  # [1, patches, hidden]
-    yield _stage("projector", "projector", found["image_features"], features, tolerance)
+    yield stage("projector", "projector", found["image_features"], features, tolerance)
+    (loaded,) = llava.encoder.vision.encode(pixels)
+    loaded = loaded if isinstance(loaded, np.ndarray) else loaded.numpy()
+    yield stage("features of what is loaded", "projector", loaded, features[0], tolerance)
 
-    ids = tokenize_prompt(prompt, llava.encoder.tokenizer, manifest.chat)
-    batch = llava.encoder.encode([prompt], [[image]], llava.max_len)
-    embeds = batch.tokens.on_host()  # [1, seq, hidden]
-    spliced = reference_splice(
-        torch.from_numpy(ids)[None], None, None, None, list(features), embed=model.embed, options=SpliceOptions()
-    )
+    ids = torch.from_numpy(tokenize_prompt(options.prompt, llava.encoder.tokenizer, manifest.chat)).to(device)
+    embeds = llava.encoder.encode([options.prompt], [[image]], llava.max_len).tokens.on_host()  # [1, seq, hidden]
+    spliced = reference_splice(ids[None], None, None, None, list(features), embed=model.embed, options=SpliceOptions())
     want = spliced.inputs_embeds
-    yield _stage("splice", "splice", embeds, want, tolerance)
+    yield stage("splice", "splice", embeds, want, tolerance)
 
     if stored is not None:
         own_logits = _decoder_states(model, want)[1]
         del model  # before the other one comes
-        model = load_torch(stored)
+        model = load_torch(stored).to(device)
         close = tolerance if quantized_in_decoder(checkpoint) else QUANTIZED_TOLERANCE
-        yield _stage("decoder weights", "weights", _decoder_states(model, want)[1].numpy(), own_logits, close)
+        stored_logits = _decoder_states(model, want)[1].cpu().numpy()
+        yield stage("decoder weights", "weights", stored_logits, own_logits, close)
 
-    seq = embeds.shape[1]
+    found = all_outputs(llava.directory / DECODER_GRAPH, _prompt_feed(llava, embeds))
+    layers, logits = _decoder_states(model, want)
+    for index, state in enumerate(layers, start=1):
+        name = hidden_state_name(index)
+        yield stage(f"decoder {name}", "decoder", found[name], state, tolerance)
+    yield stage("logits", "logits", found["logits"], logits, tolerance)
+
+    rounds = stored is not None and isinstance(llava.decoder, OnnxRuntimeDecoder)
+    yield from _answer_stages(llava, model, options, want, INT8_TOLERANCE if rounds else tolerance)
+
+
+def _prompt_feed(llava: Llava, embeds: np.ndarray) -> dict[str, np.ndarray]:
+    """Everything that the canonical decoder takes, for a prompt ``[1, seq, hidden]`` at the start of its cache."""
+    shape, seq = llava.manifest.decoder, embeds.shape[1]
     start = np.zeros(1, np.int64)
-    cache = np.zeros((1, manifest.decoder.kv_heads, seq, manifest.decoder.head_dim), manifest.decoder.dtype)
-    feed = {
+    cache = np.zeros((1, shape.kv_heads, seq, shape.head_dim), shape.dtype)
+    return {
         "inputs_embeds": embeds,
         "position_ids": step_positions(start, seq),
         "write_indices": start,
         "attention_mask": step_mask(start, seq),
         "last_index": np.array([seq - 1]),
-        **{past_name(i, part): cache for i in range(manifest.decoder.layers) for part in ("key", "value")},
+        **{past_name(i, part): cache for i in range(shape.layers) for part in ("key", "value")},
     }
-    found = _all_outputs(llava.directory / DECODER_GRAPH, feed)
-    layers, logits = _decoder_states(model, want)
-    for index, state in enumerate(layers, start=1):
-        name = hidden_state_name(index)
-        yield _stage(f"decoder {name}", "decoder", found[name], state, tolerance)
-    yield _stage("logits", "logits", found["logits"], logits, tolerance)
-
-    llava.decoder.begin(1)
-    loaded = prefill(llava.decoder, batch.tokens)  # [1, vocab]
-    yield _stage("logits of what is loaded", "logits", loaded, logits, tolerance if stored is None else INT8_TOLERANCE)
-    noise = float(np.abs(loaded - logits.numpy()).max())
-    yield _token_stage(llava, model, prompt, image, want, noise, max_new_tokens)
-
-
-def _pixel_stage(found: np.ndarray, want: np.ndarray, manifest: Manifest) -> StageResult:
-    """Errors in 8-bit levels: normalised values times the deviation, over the rescale factor."""
-    recipe = manifest.image
-    std = np.array(recipe.std if recipe.std is not None else (1.0, 1.0, 1.0), np.float32)[:, None, None]
-    factor = recipe.rescale_factor if recipe.rescale_factor is not None else 1.0
-    if found.shape != want.shape:
-        shapes = f"shapes differ: {list(found.shape)}, PyTorch {list(want.shape)}"
-        return StageResult("pixels", "pixels", float("inf"), float("inf"), 1.0, shapes)
-    difference = np.abs(found - want)
-    levels = float((difference * std / factor).max())
-    # A level as float32 comes out of the arithmetic: 1.0000 is one level.
-    return StageResult("pixels", "pixels", float(difference.max()), round(levels, 3), 1.0, f"{levels:.3f} levels")
-
-
-def _stage(name: str, kind: str, found: np.ndarray, wanted: torch.Tensor, tolerance: float) -> StageResult:
-    want = wanted.float().numpy()
-    difference = found.astype(np.float32) - want
-    # Position by position: the features of a picture are so much larger than text that together they would hide it.
-    relative = float((np.linalg.norm(difference, axis=-1) / np.maximum(np.linalg.norm(want, axis=-1), 1e-30)).max())
-    worst = float(np.abs(difference).max())
-    return StageResult(name, kind, worst, relative, tolerance, f"relative error {relative:.1e}, largest {worst:.1e}")
 
 
 def _decoder_states(model: TorchLlava, embeds: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -244,16 +203,29 @@ def _decoder_states(model: TorchLlava, embeds: torch.Tensor) -> tuple[list[torch
     return states, logits
 
 
-def _token_stage(
-    llava: Llava, model: TorchLlava, prompt: str, image: Image.Image, embeds: torch.Tensor, noise: float, most: int
-) -> StageResult:
-    """Greedy tokens of both; where they part, PyTorch's own two choices may be no further apart than the noise."""
-    answer = llava.generate([prompt], [[image]], max_new_tokens=most)[0]
-    found, stop = answer.token_ids, list(llava.manifest.chat.stop_token_ids)
+def _answer_stages(
+    llava: Llava, model: TorchLlava, options: VerifyOptions, embeds: torch.Tensor, tolerance: float
+) -> Iterator[StageResult]:
+    """PyTorch's greedy answer: logits of what is loaded along it, and its own answer."""
+    want, wanted = _greedy(llava, model, embeds, options.max_new_tokens)
+    along = want[: llava.max_len + 1 - embeds.shape[1]]
+    images = [[load_picture(options.picture)]]
+    found = np.concatenate([row.copy() for row in llava.logits_along([options.prompt], images, [along])])
+    yield stage("logits of what is loaded", "logits", found[:1], wanted[:1], tolerance)
+    if len(along) > 1:
+        decoded = stage("logits of what is loaded, decode", "logits", found[1:], wanted[1 : len(along)], tolerance)
+        yield replace(decoded, detail=f"{decoded.detail}, worst of {len(along) - 1} tokens one by one")
+    noise = float(np.abs(found - wanted[: len(along)].cpu().numpy()).max())
+    yield _token_stage(llava, options, want, wanted, noise)
+
+
+def _greedy(llava: Llava, model: TorchLlava, embeds: torch.Tensor, most: int) -> tuple[tuple[int, ...], torch.Tensor]:
+    """PyTorch's answer, and the logits ``[tokens, vocab]`` that each of its tokens was chosen from."""
+    stop = list(llava.manifest.chat.stop_token_ids)
     decoder: Any = model.decoder  # generate's own annotations know no LlamaForCausalLM
     output = decoder.generate(
         inputs_embeds=embeds,
-        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
         max_new_tokens=most,
         do_sample=False,
         eos_token_id=stop,
@@ -261,7 +233,16 @@ def _token_stage(
         output_logits=True,
         return_dict_in_generate=True,
     )
-    want = tuple(output.sequences[0].tolist())
+    return tuple(output.sequences[0].tolist()), torch.cat(output.logits).float()
+
+
+def _token_stage(
+    llava: Llava, options: VerifyOptions, want: tuple[int, ...], logits: torch.Tensor, noise: float
+) -> StageResult:
+    """Greedy tokens of both; where they part, PyTorch's own two choices may be no further apart than the noise."""
+    images: list[list[Image.Image]] = [[load_picture(options.picture)]]
+    answer = llava.generate([options.prompt], images, max_new_tokens=options.max_new_tokens)[0]
+    found, stop = answer.token_ids, llava.manifest.chat.stop_token_ids
     if answer.finish_reason == "context" or (answer.finish_reason == "stop" and found[-1] not in stop):
         want = want[: len(found)]  # PyTorch knows no stop strings and no end of the cache
     longest = max(len(found), len(want))
@@ -270,30 +251,9 @@ def _token_stage(
         return StageResult("tokens", "tokens", 0.0, 0.0, 0.0, f"{longest} of {longest} greedy tokens equal")
     detail = f"{at} of {longest} greedy tokens equal"
     if at < min(len(found), len(want)):
-        row = output.logits[at][0]
-        margin = float(row[want[at]] - row[found[at]])
+        margin = float(logits[at][want[at]] - logits[at][found[at]])
         if margin <= 2 * noise:
             detail += f", then a near-tie: margin {margin:.1e}, logits differ by {noise:.1e}"
             return StageResult("tokens", "tokens", margin, 0.0, 0.0, detail)
         detail += f", then PyTorch's choice leads by {margin:.1e}, logits differ by {noise:.1e}"
     return StageResult("tokens", "tokens", float("inf"), float(longest - at), 0.0, detail)
-
-
-def _all_outputs(path: Path, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Run a canonical graph with its hidden states as outputs too."""
-    model = ir.load(path)
-    names = {value.name for value in model.graph.outputs}
-    for node in model.graph:
-        for value in node.outputs:
-            named = value.name is not None and (value.name.startswith(HIDDEN_STATES) or value.name == TOWER_FEATURES)
-            if named and value.name not in names:
-                model.graph.outputs.append(value)
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
-    settings.add_session_config_entry(ACCURACY_LEVEL_ENTRY, "1")  # float32, as PyTorch computes
-    # The graph comes as bytes; this says where its external data is.
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    graph = ir.to_proto(model).SerializeToString()
-    session = onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
-    outputs = [output.name for output in session.get_outputs()]
-    return dict(zip(outputs, session.run(outputs, feed), strict=True))

@@ -14,7 +14,7 @@ from click.testing import Result
 
 from llava_deploy.cli import main
 from llava_deploy.exporter.demo.scenes import Example, Split, examples
-from llava_deploy.exporter.verify import StageResult, VerifyReport
+from llava_deploy.exporter.stages import StageResult, VerifyReport
 from llava_deploy.runtime import Llava
 
 COMMANDS = ("inspect", "export", "build", "run", "chat", "eval", "verify", "demo", "completion")

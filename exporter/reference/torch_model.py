@@ -7,7 +7,8 @@ with transformers' ``from_pretrained``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +52,7 @@ class TorchVision:
 
 @dataclass(frozen=True)
 class TorchLlava(TorchVision):
-    """The whole model, likewise."""
+    """The whole model, likewise; :meth:`to` moves it to a GPU."""
 
     decoder: LlamaForCausalLM
 
@@ -59,6 +60,19 @@ class TorchLlava(TorchVision):
         """Token ids to embeddings."""
         embedded: torch.Tensor = self.decoder.get_input_embeddings()(ids)
         return embedded
+
+    def to(self, device: str) -> TorchLlava:
+        """The model itself, its weights moved to a device by PyTorch's name of it."""
+        for part in (self.tower, self.projector, self.decoder):
+            part.to(torch.device(device))
+        return self
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Keep a GPU from rounding float32 to TF32 in convolutions: without cuDNN, which does; PyTorch's own do not."""
+    with torch.backends.cudnn.flags(enabled=False):
+        yield
 
 
 def load_torch(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> TorchLlava:

@@ -7,20 +7,23 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llava_deploy.engines.errors import InputError
+from llava_deploy.engines.errors import BackendError, InputError, OptionError
 from llava_deploy.engines.manifest import MANIFEST_NAME, describe_file, read_manifest
 from llava_deploy.exporter.checkpoint import CheckpointOptions, open_checkpoint
 from llava_deploy.exporter.demo.scenes import Split, examples
 from llava_deploy.exporter.export import export
 from llava_deploy.exporter.quantization.plan import round_to_nearest
 from llava_deploy.exporter.quantization.request import QuantizeOptions
-from llava_deploy.exporter.verify import StageResult, VerifyReport, verify
+from llava_deploy.exporter.stages import StageResult, VerifyReport
+from llava_deploy.exporter.verify import VerifyOptions, verify, verify_loaded
+from llava_deploy.runtime import Llava
 
 EXAMPLE = next(iter(examples(Split.HELD_OUT, seed=2)))
 PROMPT = f"USER: <image>\n{EXAMPLE.question} ASSISTANT:"
@@ -142,3 +145,54 @@ def test_int4_of_another_decoder(demo_checkpoint: Path, tmp_path: Path, symmetri
     save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
     report = run(tmp_path / "other", tmp_path / "bundle")
     assert report.first_failure == "decoder weights"
+
+
+class Off:
+    """A session whose results are off by a percent: a decoder's where it writes at most ``longest`` tokens."""
+
+    def __init__(self, session: Any, longest: int) -> None:
+        self._session, self._longest = session, longest
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        return 1.01 * self._session.encode(pixel_values)
+
+    def step(self, inputs_embeds: np.ndarray, *arguments: Any) -> np.ndarray:
+        logits = self._session.step(inputs_embeds, *arguments)
+        return 1.01 * logits if inputs_embeds.shape[1] <= self._longest else logits
+
+
+@pytest.mark.parametrize(
+    ("wrong", "longest", "stage"),
+    [
+        ("vision", 0, "features of what is loaded"),
+        ("decoder", 1000, "logits of what is loaded"),
+        ("decoder", 1, "logits of what is loaded, decode"),
+    ],
+)
+def test_a_backend_that_computes_otherwise_than_the_graphs(
+    demo_checkpoint: Path, demo_bundle: Path, wrong: str, longest: int, stage: str
+) -> None:
+    """The graphs are right: what is loaded is named, and whether in prompts or token by token."""
+    llava = Llava.load(demo_bundle)
+    if wrong == "vision":
+        llava.encoder.vision = Off(llava.encoder.vision, longest)
+    else:
+        llava.decoder = Off(llava.decoder, longest)
+    opened = open_checkpoint(demo_checkpoint, CheckpointOptions())
+    report = verify_loaded(opened, llava, VerifyOptions(PROMPT, EXAMPLE.picture, max_new_tokens=8))
+    assert report.first_failure == stage
+
+
+def test_the_backend_is_the_one_that_was_asked_for(demo_checkpoint: Path, demo_bundle: Path) -> None:
+    opened = open_checkpoint(demo_checkpoint, CheckpointOptions())
+    with pytest.raises(BackendError, match="TensorRT"):
+        verify(opened, demo_bundle, prompt=PROMPT, picture=EXAMPLE.picture, backend="tensorrt-rtx")
+
+
+def test_pytorch_on_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(OptionError, match="device: want a device that PyTorch has, got 'cuda'"):
+        VerifyOptions(PROMPT, EXAMPLE.picture, device="cuda")

@@ -13,6 +13,7 @@ import tensorrt_rtx as real
 
 from fake_gpu.memory import ALIGNMENT, GARBAGE
 from fake_gpu.signatures import held_against
+from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY
 
 if TYPE_CHECKING:
     from fake_gpu import FakeGpu
@@ -284,4 +285,5 @@ def _run(engine: FakeEngine, shapes: dict[str, tuple[int, ...]], addresses: dict
 def open_session(path: Path) -> onnxruntime.InferenceSession:
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads, settings.log_severity_level = 1, 4
+    settings.add_session_config_entry(ACCURACY_LEVEL_ENTRY, "1")  # int4 in floats, as on a GPU
     return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])

@@ -1,0 +1,81 @@
+"""The backends that the check knows: the product's three, and ONNX Runtime on the GPU as a yardstick."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from names import BackendUnderTest
+from outcome import NotRunError
+
+from llava_deploy.engines.engine_manifest import read_engine_manifest
+from llava_deploy.engines.errors import LlavaDeployError
+from llava_deploy.engines.manifest import read_manifest
+from llava_deploy.engines.tensorrt_module import import_tensorrt
+from llava_deploy.runtime import Llava
+
+
+def load(bundle: Path, backend: BackendUnderTest, max_len: int | None) -> Llava:
+    """The bundle, loaded; ``max_len`` of a TensorRT engine is what it was built with."""
+    if backend == "onnxruntime-cuda" or backend == "onnxruntime-cuda-lowered":
+        from onnxruntime_on import load as load_yardstick
+
+        return load_yardstick(bundle, max_len, "cuda", "canonical" if backend == "onnxruntime-cuda" else "lowered")
+    return Llava.load(bundle, backend=backend, max_len=max_len if backend == "onnxruntime" else None)
+
+
+def build(bundle: str, backend: BackendUnderTest, limits: dict[str, int], capability: str | None) -> dict[str, Any]:
+    """A part: build the bundle's engine.
+
+    Args:
+        bundle: directory.
+        backend: one of :data:`names.BUILT`.
+        limits: of a TensorRT engine, by the names of its options.
+        capability: to build for, as ``sm89``; ``None``: this machine's GPU.
+    """
+    began = time.perf_counter()
+    if backend == "onnxruntime":
+        from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
+
+        engine = build_onnxruntime(Path(bundle), replace=True)
+    elif backend == "tensorrt" or backend == "tensorrt-rtx":
+        from llava_deploy.engines.tensorrt.builder import build_tensorrt
+        from llava_deploy.engines.tensorrt.memory import require_memory
+        from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions, resolve_limits
+
+        if backend == "tensorrt-rtx" and capability is not None:
+            require_capability(capability)
+        module = import_tensorrt(backend)
+        capabilities = () if capability is None or backend == "tensorrt" else (capability,)
+        options = TensorRtBuildOptions(backend=backend, capabilities=capabilities, **limits)
+        manifest = read_manifest(Path(bundle))
+        try:
+            require_memory(
+                Path(bundle), manifest, module, resolve_limits(options, manifest), lambda _: None, enforce=True
+            )
+        except LlavaDeployError as error:
+            raise NotRunError(str(error)) from error
+        engine = build_tensorrt(Path(bundle), options, replace=True)
+    else:
+        raise NotRunError(f"{backend} runs the bundle's graphs, and needs no engine")
+    built = read_engine_manifest(engine)
+    return {
+        "build_s": round(time.perf_counter() - began, 1),
+        "engine": engine.name,
+        "engine_bytes": sum(entry.size for entry in built.files),
+    }
+
+
+def require_capability(capability: str) -> None:
+    """Have TensorRT for RTX say whether it knows this GPU.
+
+    Raises:
+        NotRunError: it does not.
+    """
+    module = import_tensorrt("tensorrt-rtx")
+    known = [name.lower() for name in module.api.ComputeCapability.__members__ if name.startswith("SM")]
+    if capability not in known:
+        raise NotRunError(
+            f"TensorRT for RTX {module.version} builds for {', '.join(sorted(known))}, and this GPU is {capability}"
+        )

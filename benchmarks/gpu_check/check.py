@@ -1,0 +1,100 @@
+"""Everything that a GPU can say about llava-deploy, in one command of ten minutes that needs no network.
+
+    python benchmarks/gpu_check/check.py OUT [--quick]
+
+Builds and runs every backend that is installed, holds it against PyTorch on the GPU stage by stage, has it answer the
+tiny model's questions, and measures a LLaVA of 7B's shape with random weights, beside transformers. Writes
+OUT/gpu_check.json and OUT/gpu_check.md, and rewrites them after every part: what was stopped keeps what it knew. A part
+that cannot run is 'not run', with the reason; exit code 1 where one failed, else 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+from isolation import run_isolated
+from names import ShapeName
+from outcome import Outcome, not_run
+from parts import Part, Settings, all_parts
+from report import totals, write
+
+ENVIRONMENT = Part("environment", "environment:look", {}, 120)
+LEAST_S = 15.0
+"""A part that has less than this left is not begun."""
+
+HELPERS = Path(__file__).resolve().parents[1]
+
+
+class Check:
+    """The run of all parts."""
+
+    def __init__(self, output: Path, shape: ShapeName, minutes: float, only: str | None) -> None:
+        self._output, self._only = output, only
+        self._settings = Settings(shape, output / "work")
+        self._asked: dict[str, Any] = {"shape": shape, "minutes": minutes, "only": only}
+        self._end = time.monotonic() + 60 * minutes
+        self._found: dict[str, Any] = {}
+        self.outcomes: list[Outcome] = []
+
+    def run(self) -> None:
+        """Run the parts in turn, and write down each."""
+        looked = self._run(ENVIRONMENT)
+        self._note(looked)
+        if looked.status != "passed":
+            return
+        self._found = looked.result
+        for part in all_parts(self._found, self._settings):
+            if self._only is None or self._only in part.name or part.name.endswith("/export"):
+                self._note(self._run(part))
+            if part.removes is not None:
+                shutil.rmtree(part.removes, ignore_errors=True)
+        shutil.rmtree(self._settings.work, ignore_errors=True)
+
+    def _run(self, part: Part) -> Outcome:
+        if part.missing is not None:
+            return not_run(part.name, part.missing)
+        passed = {outcome.name for outcome in self.outcomes if outcome.status == "passed"}
+        if lacking := [name for name in part.needs if name not in passed]:
+            return not_run(part.name, f"needs {lacking[0]}, which has not passed")
+        left = self._end - time.monotonic()
+        if left < LEAST_S:
+            return not_run(part.name, f"the {self._asked['minutes']:g} minutes were over; give more with --minutes")
+        path = os.pathsep.join(filter(None, [str(HELPERS), os.environ.get("PYTHONPATH")]))
+        environment = {**part.environment, "PYTHONPATH": path}
+        return run_isolated(
+            part.name, part.function, part.arguments, min(part.limit_s, left), self._output / "parts", environment
+        )
+
+    def _note(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        write(self._output, self._found, self._asked, self.outcomes)
+        reason = f": {outcome.reason[:300]}" if outcome.reason else ""
+        print(f"{outcome.status:8} {outcome.seconds:6.1f} s  {outcome.name}{reason}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, metavar="OUT", help="directory for the results; 40 GB of room for 7b")
+    parser.add_argument("--quick", action="store_true", help="measure a model of 1b instead of 7b")
+    parser.add_argument("--shape", choices=get_args(ShapeName), help="measure this one; tiny rehearses without a GPU")
+    parser.add_argument("--minutes", type=float, default=10, help="after which nothing is begun any more (10)")
+    parser.add_argument("--only", metavar="TEXT", help="only exports, and parts with this in their names")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    shape: ShapeName = options.shape or ("1b" if options.quick else "7b")
+    check = Check(options.output, shape, options.minutes, options.only)
+    check.run()
+    counts = totals(check.outcomes)
+    print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    print(options.output / "gpu_check.md")
+    return 1 if counts["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""ONNX Runtime on the GPU as a yardstick: sessions of the runtime's interface whose buffers are where it computes.
+
+The product runs ONNX Runtime on the CPU. These run the same graphs with another provider, and so are not part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+from outcome import NotRunError
+
+from llava_deploy.engines.contract import DecoderShape, VisionShape, past_name, present_name
+from llava_deploy.engines.lowering.files import lower_in_memory
+from llava_deploy.engines.lowering.group_query_attention import LowerGroupQueryAttention
+from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH
+from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY
+from llava_deploy.runtime import Llava
+from llava_deploy.runtime.backend import Placement, step_mask, step_positions
+from llava_deploy.runtime.bundle import open_bundle
+from llava_deploy.runtime.encoding import PromptEncoder
+from llava_deploy.runtime.new_tokens import with_features
+
+Form = Literal["canonical", "lowered"]
+"""Of the decoder: as in the bundle, or with GroupQueryAttention, as ``build`` makes it for the CPU."""
+
+Device = Literal["cuda", "cpu"]
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+MAX_SEQ = 1024
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a session computes and keeps its buffers."""
+
+    device: Device
+
+    def session(self, graph: str | bytes, data: Path) -> onnxruntime.InferenceSession:
+        """Load a graph, from its file or as bytes whose external data is in ``data``.
+
+        Raises:
+            NotRunError: this ONNX Runtime cannot compute there.
+        """
+        name = PROVIDERS[self.device]
+        if self.device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()  # CUDA and cuDNN of PyTorch's packages
+        if name not in onnxruntime.get_available_providers():
+            raise NotRunError(f"ONNX Runtime {onnxruntime.__version__} is installed without {name}")
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 3
+        settings.add_session_config_entry(ACCURACY_LEVEL_ENTRY, "1")  # on the CPU, as PyTorch computes
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
+        session = onnxruntime.InferenceSession(graph, settings, providers=[name])
+        if name not in session.get_providers():  # it goes on without one that cannot start
+            raise NotRunError(f"ONNX Runtime cannot start {name} here")
+        return session
+
+    def value(self, array: np.ndarray) -> onnxruntime.OrtValue:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+
+
+class YardstickVision:
+    """The vision graph."""
+
+    max_images = 16
+
+    def __init__(self, bundle: Path, shape: VisionShape, place: Place) -> None:
+        self._shape = shape
+        self._session = place.session(str(bundle / VISION_GRAPH), bundle)
+
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        """``[images, 3, height, width]`` to ``[images, patches, hidden]``."""
+        feed = {"pixel_values": pixel_values.astype(self._shape.dtype, copy=False)}
+        features: np.ndarray = self._session.run(["image_features"], feed)[0]
+        return features
+
+    def clock(self) -> None:
+        """There is nothing that :meth:`encode` has not waited for."""
+
+
+class YardstickDecoder:
+    """The decoder graph; each buffer of the cache is bound as past and as present."""
+
+    def __init__(self, bundle: Path, shape: DecoderShape, max_len: int, place: Place, form: Form) -> None:
+        self.max_len = max_len
+        self.max_seq = min(MAX_SEQ, max_len)
+        self._shape, self._place, self._batch = shape, place, 0
+        graph = bundle / DECODER_GRAPH
+        self._session = place.session(
+            str(graph) if form == "canonical" else lower_in_memory(graph, [LowerGroupQueryAttention()]), bundle
+        )
+
+    def begin(self, batch: int) -> None:
+        """Have a cache for ``batch`` rows."""
+        if batch == self._batch:
+            return
+        shape = self._shape
+        self._binding = self._session.io_binding()
+        self._held: list[Any] = []  # a binding owns no value
+        size = (batch, shape.kv_heads, self.max_len, shape.head_dim)
+        for layer in range(shape.layers):
+            for part in ("key", "value"):
+                buffer = self._place.value(np.zeros(size, shape.dtype))
+                self._binding.bind_ortvalue_input(past_name(layer, part), buffer)
+                self._binding.bind_ortvalue_output(present_name(layer, part), buffer)
+                self._held.append(buffer)
+        self._logits = np.zeros((batch, shape.vocab_size), np.float32)
+        self._binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(self._logits))
+        self._batch = batch
+
+    def step(
+        self,
+        inputs_embeds: np.ndarray,
+        write_indices: np.ndarray,
+        last_index: np.ndarray,
+        pictures: Sequence[Placement] = (),
+    ) -> np.ndarray:
+        """Run the decoder over new tokens."""
+        seq = inputs_embeds.shape[1]
+        feed = {
+            "inputs_embeds": with_features(inputs_embeds, pictures),
+            "position_ids": step_positions(write_indices, seq),
+            "write_indices": write_indices,
+            "attention_mask": step_mask(write_indices, seq),
+            "last_index": last_index,
+        }
+        values = {name: self._place.value(array) for name, array in feed.items()}
+        for name, value in values.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._session.run_with_iobinding(self._binding)
+        self._binding.synchronize_outputs()
+        return self._logits
+
+
+def load(bundle: Path, max_len: int | None, device: Device, form: Form) -> Llava:
+    """The bundle in the runtime, over these sessions."""
+    opened = open_bundle(bundle)
+    shape, place = opened.manifest.decoder, Place(device)
+    decoder = YardstickDecoder(bundle, shape, shape.max_positions if max_len is None else max_len, place, form)
+    vision = YardstickVision(bundle, opened.manifest.vision, place)
+    backend = f"ONNX Runtime {onnxruntime.__version__}, {PROVIDERS[device]}, {form} decoder (a yardstick)"
+    return Llava(opened, PromptEncoder(opened, vision), decoder, backend)

@@ -1,0 +1,170 @@
+"""What the check plans on which machine, what it says of it, and that it never takes 'not run' for passed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+GIB = 1 << 30
+BARE: dict[str, Any] = {
+    "machine": "x86_64, 2 CPUs",
+    "python": "3.12",
+    "packages": {"torch": "2.13", "tensorrt": None},
+    "modules": {
+        "onnxruntime": "1.32.0",
+        "tensorrt_rtx": "1.7.1.116",
+        "tensorrt": "cannot be imported: No module named 'tensorrt'",
+    },
+    "onnxruntime_providers": ["CPUExecutionProvider"],
+    "gpu": None,
+    "no_gpu": "no driver",
+    "torch_cuda": None,
+    "copy_gb_per_s": None,
+}
+
+
+def with_gpu(memory: int = 80 * GIB, **changes: Any) -> dict[str, Any]:
+    found = deepcopy(BARE)
+    found |= {"gpu": {"name": "Some GPU", "capability": "sm89", "memory_bytes": memory}, "torch_cuda": "12.8"}
+    found |= {"copy_gb_per_s": 900.0, "onnxruntime_providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+    found["modules"]["tensorrt"] = "10.15.1"
+    return found | changes
+
+
+@pytest.fixture
+def plan(gpu_check: Callable[[str], ModuleType], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    parts = gpu_check("parts")
+
+    def call(found: dict[str, Any], shape: str) -> dict[str, Any]:
+        planned = parts.all_parts(found, parts.Settings(shape, tmp_path))
+        by_name = {part.name: part for part in planned}
+        assert len(by_name) == len(planned)
+        return by_name
+
+    return call
+
+
+@pytest.mark.parametrize("shape", ["7b", "1b", "tiny"])
+@pytest.mark.parametrize("found", [BARE, with_gpu()], ids=["no GPU", "GPU"])
+def test_every_part_calls_what_there_is(
+    gpu_check: Callable[[str], ModuleType], plan: Callable[..., Any], found: dict[str, Any], shape: str
+) -> None:
+    seen: list[str] = []
+    for part in plan(found, shape).values():
+        assert set(part.needs) <= set(seen), part.name
+        seen.append(part.name)
+        json.dumps(part.arguments)
+        if part.function:
+            module, name = part.function.split(":")
+            inspect.signature(getattr(gpu_check(module), name)).bind(**part.arguments)
+        else:
+            assert part.missing
+
+
+def test_without_a_gpu_nothing_that_wants_one_is_run(plan: Callable[..., Any]) -> None:
+    planned = plan(BARE, "tiny")
+    can = {name for name, part in planned.items() if part.missing is None}
+    built = ("demo/fp16", "demo/int4", "tiny/int4", "tiny/fp16", "tiny/int4-symmetric")
+    assert {name for name in can if "tensorrt-rtx" in name} == {f"{base}/tensorrt-rtx/build" for base in built}
+    assert not any("cuda" in name or "/tensorrt/" in name for name in can)
+    assert "demo/int4/onnxruntime/verify" in can
+    assert planned["demo/int4/tensorrt-rtx/build"].arguments["capability"] == "sm89"
+    assert plan(BARE, "7b")["7b/speed"].missing == "no GPU: no driver"
+
+
+def test_with_a_gpu_all_are_run(plan: Callable[..., Any]) -> None:
+    assert [part.name for part in plan(with_gpu(), "7b").values() if part.missing is not None] == []
+
+
+def test_polygraphy_is_told_which_module_before_its_import(plan: Callable[..., Any]) -> None:
+    told = {name for name, part in plan(with_gpu(), "7b").items() if part.environment}
+    assert told == {f"demo/{weights}/tensorrt-rtx/polygraphy" for weights in ("fp16", "int4")}
+
+
+def test_a_small_gpu_runs_int4_alone(plan: Callable[..., Any]) -> None:
+    planned = plan(with_gpu(memory=8 * GIB), "7b")
+    assert planned["7b/int4/tensorrt/speed"].missing is None
+    assert planned["7b/fp16/tensorrt/speed"].missing == "wants 17 GiB of GPU memory, this machine has 8.0"
+    assert planned["7b/fp16/transformers eager/speed"].missing is not None
+
+
+def test_an_onnxruntime_for_the_cpu_alone(plan: Callable[..., Any]) -> None:
+    planned = plan(with_gpu(onnxruntime_providers=["CPUExecutionProvider"]), "7b")
+    assert "onnxruntime-gpu" in planned["7b/int4/onnxruntime-cuda/speed"].missing
+
+
+def test_bundles_go_with_their_last_part(plan: Callable[..., Any]) -> None:
+    planned = list(plan(with_gpu(), "7b").values())
+    for weights in ("int4", "fp16", "int4-symmetric"):
+        users = [part for part in planned if part.arguments.get("bundle", "").endswith(f"/7b-{weights}")]
+        assert [part.removes is not None for part in users] == [False] * (len(users) - 1) + [True]
+
+
+class Sham:
+    """A run of the check whose parts are given, and answer at once."""
+
+    def __init__(self, gpu_check: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, output: Path) -> None:
+        self.begun: list[str] = []
+        self._outcome, self._part = gpu_check("outcome").Outcome, gpu_check("parts").Part
+        check = gpu_check("check")
+        monkeypatch.setattr(check, "run_isolated", self._run)
+        monkeypatch.setattr(check, "all_parts", lambda *_: self.parts)
+        self.parts: list[Any] = []
+        self.make = lambda minutes=10.0, only=None: check.Check(output, "tiny", minutes, only)
+
+    def part(self, name: str, status: str, **fields: Any) -> None:
+        self.parts.append(self._part(name, status, {}, 5, **fields))
+
+    def _run(self, name: str, function: str, *_: Any) -> Any:
+        self.begun.append(name)
+        result = BARE if name == "environment" else {}
+        status = "passed" if name == "environment" else function
+        return self._outcome(name, status, "" if status == "passed" else "a reason", 1.0, result)
+
+
+@pytest.fixture
+def sham(gpu_check: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Sham:
+    return Sham(gpu_check, monkeypatch, tmp_path)
+
+
+def test_results_are_written_and_what_needs_a_failure_is_not_run(sham: Sham, tmp_path: Path) -> None:
+    sham.part("demo/fp16/a/build", "failed")
+    sham.part("demo/fp16/a/verify", "passed", needs=("demo/fp16/a/build",))
+    sham.part("demo/fp16/b/verify", "passed", missing="no such module")
+    check = sham.make()
+    check.run()
+    written = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert [(part["name"], part["status"]) for part in written["parts"]] == [
+        ("environment", "passed"),
+        ("demo/fp16/a/build", "failed"),
+        ("demo/fp16/a/verify", "not run"),
+        ("demo/fp16/b/verify", "not run"),
+    ]
+    assert written["totals"] == {"passed": 1, "failed": 1, "not run": 2}
+    assert sham.begun == ["environment", "demo/fp16/a/build"]
+    text = (tmp_path / "gpu_check.md").read_text()
+    assert "| fp16 | a | **failed** | not run | - | - |" in text
+    assert "- no such module: `demo/fp16/b/verify`" in text
+
+
+def test_a_part_that_time_does_not_reach_is_not_run(sham: Sham) -> None:
+    sham.part("demo/fp16/a/verify", "passed")
+    check = sham.make(minutes=0.3)
+    check._end -= 10
+    check.run()
+    assert [outcome.status for outcome in check.outcomes] == ["not run"]
+    assert "minutes were over" in check.outcomes[0].reason
+
+
+def test_only_some_parts(sham: Sham) -> None:
+    for name in ("demo/fp16/export", "demo/fp16/a/verify", "demo/fp16/a/questions"):
+        sham.part(name, "passed")
+    sham.make(only="questions").run()
+    assert sham.begun == ["environment", "demo/fp16/export", "demo/fp16/a/questions"]
