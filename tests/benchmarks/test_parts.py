@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -168,3 +170,15 @@ def test_only_some_parts(sham: Sham) -> None:
         sham.part(name, "passed")
     sham.make(only="questions").run()
     assert sham.begun == ["environment", "demo/fp16/export", "demo/fp16/a/questions"]
+
+
+def test_the_script_says_what_it_could_not_do(
+    gpu_check: Callable[[str], ModuleType], tmp_path: Path, child_environment: dict[str, str]
+) -> None:
+    """As a user starts it, from anywhere; with no time at all."""
+    script = gpu_check("check").__file__
+    command = [sys.executable, script, "out", "--shape", "tiny", "--minutes", "0"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, env=child_environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["0 passed, 0 failed, 1 not run", str(Path("out") / "gpu_check.md")]
+    assert json.loads((tmp_path / "out" / "gpu_check.json").read_text())["parts"][0]["status"] == "not run"
