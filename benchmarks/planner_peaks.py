@@ -1,9 +1,9 @@
 """Peak memory of export, build and run, anonymous and mapped apart: what the planner's estimates are held against.
 
-    python benchmarks/planner_peaks.py DIRECTORY --models demo 135m -o benchmarks/results/planner_peaks.json
+    python benchmarks/planner_peaks.py DIRECTORY --models demo 150m -o benchmarks/results/planner_peaks.json
 
 Writes synthetic checkpoints into DIRECTORY, and runs every stage as a process of its own, whose ``RssAnon`` and
-``RssFile`` are read every few milliseconds. What FILE holds already of other models and stages stays in it, so that
+``RssFile`` are read a thousand times a second. What FILE holds already of other models and stages stays in it, so that
 the large ones can be measured one by one. 7B wants 14 GB of disk for the checkpoint and as much again for fp16.
 """
 
@@ -27,7 +27,7 @@ from measuring import circumstances, save
 from llava_deploy.exporter.checkpoint import open_checkpoint
 from llava_deploy.exporter.demo.scenes import checkpoint_dir
 
-INTERVAL = 0.003  # seconds between two looks at a process
+INTERVAL = 0.001  # seconds between two looks at a process
 PRECISIONS = {
     "fp32": [],
     "fp16": [],
@@ -58,9 +58,11 @@ print(answers[0].timings.prompt_tokens)
 RTX = """
 import sys
 from pathlib import Path
-from llava_deploy.engines.manifest import read_manifest
 from llava_deploy.engines.tensorrt.builder import build_tensorrt
 from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions
+targets = tuple(sys.argv[2].split("-"))
+options = TensorRtBuildOptions("tensorrt-rtx", capabilities=targets, skip_memory_check=True)
+build_tensorrt(Path(sys.argv[1]), options, replace=True)
 """
 
 
@@ -76,25 +78,25 @@ class Run:
 CLIP_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 MODELS: dict[str, Any] = {
     "demo": None,
-    "135m": lambda: llava(
+    "150m": lambda: llava(
         dict(CLIP_B, image_size=224, patch_size=16),
         {
-            "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-            "num_key_value_heads": 3, "max_position_embeddings": 2048, "vocab_size": 49152,
+            "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 12,
+            "num_key_value_heads": 4, "max_position_embeddings": 4096, "vocab_size": 32000,
         },
     ),
     "1b": lambda: llava(
         dict(VISION_L, image_size=336, patch_size=14),
         {
             "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-            "num_key_value_heads": 4, "max_position_embeddings": 2048, "vocab_size": 32000,
+            "num_key_value_heads": 4, "max_position_embeddings": 4096, "vocab_size": 32000,
         },
     ),
     "7b": lambda: llava_7b(32),
 }  # fmt: skip
 RUNS = {
     "demo": (Run(1, 1024, 1), Run(8, 512, 2)),
-    "135m": (Run(1, 2048, 1), Run(4, 1024, 4)),
+    "150m": (Run(1, 4096, 1), Run(4, 1024, 4)),
     "1b": (Run(1, 1024, 1), Run(2, 2048, 3)),
     "7b": (Run(1, 640, 1),),
 }
@@ -146,7 +148,8 @@ def measured(
             found = peaks(python(RUN, bundle, run.batch, run.length, run.pictures))
             yield {"stage": "run onnxruntime", "engine": engine, **dataclasses.asdict(run)}, found
     if "build tensorrt-rtx" in stages:
-        yield {"stage": "build tensorrt-rtx"}, peaks(python(RTX, bundle))
+        for targets in ("sm89", "sm80-sm120") if model == "demo" else ("sm89",):
+            yield {"stage": "build tensorrt-rtx", "targets": targets}, peaks(python(RTX, bundle, targets))
 
 
 def keep(path: Path, result: dict[str, Any], entry: dict[str, Any]) -> None:
@@ -162,7 +165,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["demo", "135m"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["demo", "150m"])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32", "fp16", "int4"])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--keep", action="store_true", help="leave checkpoints and bundles in DIRECTORY")

@@ -42,6 +42,7 @@ def planned_checkpoint(checkpoint: Checkpoint, precision: Precision, options: Qu
         planned.source,
         nbytes=sum(source.nbytes for source in sources),
         largest=TensorSize(largest.name, largest.shape, bits[largest.name]),
+        is_converted=any(source.dtype != planned.decoder.dtype for source in sources),
     )
     return replace(planned, source=source)
 
@@ -72,7 +73,6 @@ def planned_config(
     rope = (config.decoder.max_position_embeddings, config.decoder.head_dim // 2)
     decoder = [t for t in tensors if t.name.startswith(_DECODER) and t.name != EMBED_TOKENS]
     largest = max(shapes, key=lambda key: math.prod(shapes[key]))
-    rounded = [key for key in formats if key not in held]
     return PlannedModel(
         name=name,
         precision=precision,
@@ -85,9 +85,8 @@ def planned_config(
         source=SourceWeights(
             nbytes=sum(2 * math.prod(shape) for shape in shapes.values()),
             largest=TensorSize(largest, shapes[largest], 16),
-            largest_quantizing=max(
-                (TensorSize(key, shapes[key], 16) for key in rounded), key=lambda t: t.values, default=None
-            ),
+            rounded=tuple(TensorSize(key, shapes[key], 16) for key in formats if key not in held),
+            is_converted=precision == "fp32",
         ),
     )
 

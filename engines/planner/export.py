@@ -1,11 +1,66 @@
-"""Memory at the peak of an export."""
+"""Peak memory of an export; constants fitted to measured peaks (``benchmarks/results/planner_peaks.json``)."""
 
 from __future__ import annotations
 
+import math
+
 from llava_deploy.engines.planner.memory import Memory, Part
-from llava_deploy.engines.planner.model import PlannedModel
+from llava_deploy.engines.planner.model import PlannedModel, SourceWeights
+
+_MB = 10**6
+_CHUNK = 1 << 22
+"""Values that are converted at once."""
+
+_ROWS = 128
+"""Outputs of a weight that are rounded at once, in this many copies of float32:"""
+
+_ROUNDING_COPIES = 4.8
+_PROCESS = {"floats": (91 * _MB, 32 * _MB), "int4": (306 * _MB, 112 * _MB)}
+"""Anonymous and mapped; rounding brings PyTorch along."""
+
+_LAYER = 170_000
+"""Bytes of the graphs' own, for a layer of tower or decoder."""
+
+_AWQ_COPIES = 5
+"""Of a decoder layer in float32, while its scales are searched; ``docs/quantization.md``. Not measured anew."""
 
 
 def export_memory(model: PlannedModel) -> Memory:
-    """Peak of ``llava-deploy export`` of a checkpoint."""
-    return Memory((Part("weights", "mapped", model.source.largest.nbytes if model.source else 0),))
+    """Peak of ``llava-deploy export`` of a checkpoint; nothing of a bundle, which needs none.
+
+    For int4-awq the samples' hidden states come to it, which nobody knows before they are read.
+    """
+    source = model.source
+    if source is None:
+        return Memory(())
+    anonymous, mapped = _PROCESS["int4" if model.precision.startswith("int4") else "floats"]
+    work = max(_conversion(model, source), _rounding(model, source))
+    if model.precision == "int4-awq":
+        work += _AWQ_COPIES * _layer_floats(model)
+    return Memory(
+        (
+            Part("process", "host", anonymous + _LAYER * (model.decoder.layers + model.tower_layers)),
+            Part("activations", "host", work),
+            Part("process", "mapped", mapped),
+            Part("weights", "mapped", source.largest.nbytes),
+        )
+    )
+
+
+def _conversion(model: PlannedModel, source: SourceWeights) -> int:
+    """A chunk, and which of its values are finite; where it is converted, the one before is still there."""
+    values = min(source.largest.values, _CHUNK)
+    is_converted = source.is_converted or source.largest.bits != 8 * model.itemsize
+    return values + (2 * values * model.itemsize if is_converted else 0)
+
+
+def _rounding(model: PlannedModel, source: SourceWeights) -> int:
+    """A whole weight in few bits, and some rows of it, ``[out_features, in_features]``, as floats."""
+    stored = {t.name: t.nbytes for t in model.decoder_weights.quantized}
+    rows = int(_ROUNDING_COPIES * 4 * _ROWS)
+    return max((stored[t.name] + rows * t.shape[1] for t in source.rounded), default=0)
+
+
+def _layer_floats(model: PlannedModel) -> int:
+    prefix = "language_model.layers.0."
+    return 4 * sum(math.prod(t.shape) for t in model.decoder_weights.quantized if t.name.startswith(prefix))

@@ -16,6 +16,9 @@ from llava_deploy.engines.names import Precision
 from llava_deploy.engines.planner.onnx_header import TensorSize, read_initializers
 from llava_deploy.engines.tensorrt_recipe import EngineLimits
 
+FEATURES_KEPT = 16
+"""Pictures whose features the runtime keeps."""
+
 PREFILL_TOKENS = 1024
 """Prompt tokens in one run of the decoder where nobody says otherwise: the runtime reads longer prompts in pieces."""
 
@@ -73,12 +76,14 @@ class SourceWeights:
     Attributes:
         nbytes: of the checkpoint's tensors, as they are stored.
         largest: the tensor with most values.
-        largest_quantizing: of those that the export rounds, the one with most values; ``None`` where it rounds none.
+        rounded: those that the export rounds.
+        is_converted: some are floats of another type than the graphs'.
     """
 
     nbytes: int
     largest: TensorSize
-    largest_quantizing: TensorSize | None
+    rounded: tuple[TensorSize, ...]
+    is_converted: bool
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,11 @@ class PlannedModel:
         return self.decoder.vocab_size * self.decoder.hidden_size * self.itemsize
 
     @property
+    def features_bytes(self) -> int:
+        """Of one picture's features."""
+        return self.vision.patches * self.vision.hidden_size * self.itemsize
+
+    @property
     def bundle_bytes(self) -> int:
         """Of the bundle's weights on the disk."""
         return self.vision_weights.nbytes + self.decoder_weights.nbytes + self.embedding_bytes
@@ -145,6 +155,12 @@ class PlannedModel:
         wide = [t for t in _layer_matrices(self.decoder_weights.tensors, names) if t.name.endswith("q_proj.weight")]
         sizes = {max(t.shape) if min(t.shape) == self.decoder.hidden_size else min(t.shape) for t in wide}
         return sizes.pop()
+
+    @cached_property
+    def tower_layers(self) -> int:
+        """Of the vision tower, up to the one whose features are taken."""
+        names = (t.name.partition(".layers.")[2].partition(".")[0] for t in self.vision_weights.tensors)
+        return len({name for name in names if name})
 
     @cached_property
     def tower_sizes(self) -> tuple[int, int]:
