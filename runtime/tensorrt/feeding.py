@@ -23,9 +23,9 @@ def require_batch(batch: int, limits: EngineLimits) -> None:
     """
     if not 1 <= batch <= limits.max_batch:
         raise OptionError(
-            "prompts",
-            f"want 1 to {limits.max_batch} at once, what the engine was built for, got {batch}; build one for more "
-            f"with: llava-deploy build --max-batch {batch}",
+            "batch",
+            f"want 1 to {limits.max_batch} prompts at once, what the engine was built for, got {batch}; ask fewer at "
+            f"once, or build an engine for more with: llava-deploy build --max-batch {batch}",
         )
 
 

@@ -157,7 +157,7 @@ def test_what_does_not_fit(
     shape = read_manifest(demo_bundle).decoder
     with pytest.raises(ContractError, match=r"want begin\(\) before step\(\)"):
         decoder.step(embeddings(1, 1), np.zeros(1, np.int64), np.zeros(1, np.int64))
-    with pytest.raises(OptionError, match="prompts: want 1 to 4 at once"):
+    with pytest.raises(OptionError, match="batch: want 1 to 4 prompts at once"):
         decoder.begin(5)
     decoder.begin(2)
     with pytest.raises(ContractError, match=r"inputs_embeds: want float32\[2, 1 to 40, "):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from click.testing import Result
 from cuda.bindings import runtime
 from PIL import Image
 
@@ -17,7 +19,6 @@ from llava_deploy.engines.engine_manifest import ENGINES
 from llava_deploy.engines.errors import BackendError, BundleError, OptionError
 from llava_deploy.exporter.demo.scenes import Split, examples
 from llava_deploy.runtime import Llava, Piece, SamplingOptions
-from llava_deploy.runtime.prompt import images_of, render_chat
 
 if TYPE_CHECKING:
     from fake_gpu import FakeGpu
@@ -276,12 +277,26 @@ def test_limits_of_the_engine_are_said_by_option(bundle: Path, add_engine: AddEn
         with pytest.raises(OptionError, match=r"max_len: engine .* was built for 256, got 257; build another with: "):
             Llava.load(bundle, backend=backend, max_len=257)
         llava = Llava.load(bundle, backend=backend)
-        with pytest.raises(OptionError, match="prompts: want 1 to 4 at once, what the engine was built for, got 5"):
+        with pytest.raises(
+            OptionError, match="batch: want 1 to 4 prompts at once, what the engine was built for, got 5"
+        ):
             llava.generate(["a"] * 5)
         assert len(llava.generate(["a"] * 4, max_new_tokens=1)) == 4
 
 
-def test_prompts_of_a_conversation_are_those_of_generate(on_gpu: Llava, scenes: list[Any]) -> None:
-    messages = ask(*scenes[3])
-    alone = on_gpu.generate([render_chat(messages, on_gpu.manifest.chat)], [images_of(messages)], max_new_tokens=24)
-    assert joined(on_gpu.chat(messages, max_new_tokens=24))[1] == alone[0].token_ids
+def test_the_commands_answer_on_the_gpu(
+    bundle: Path, add_engine: AddEngine, scenes: list[Any], on_cpu: Llava, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    name = add_engine("in-place").name
+    picture, question = scenes[0]
+    picture.save(tmp_path / "picture.png")
+    said = invoke("run", bundle, "--image", tmp_path / "picture.png", "--prompt", question, "--max-new-tokens", "24")
+    assert said.exit_code == 0
+    assert said.stdout.strip() == joined(on_cpu.chat(ask(picture, question), max_new_tokens=24))[0].strip()
+    assert f"TensorRT for RTX 1.7.1.116 on Fake GPU (sm89), engine {name}" in said.stderr
+    few = ("--per-kind", "2", "--max-new-tokens", "12", "--backend")
+    scores = [invoke("eval", bundle, "--json", *few, backend).stdout for backend in ("tensorrt-rtx", "onnxruntime")]
+    found, want = ({**json.loads(score), "seconds": None} for score in scores)
+    assert found == want
+    refused = invoke("eval", bundle, "--batch", "5", *few, "tensorrt-rtx")
+    assert "--batch: want 1 to 4 prompts at once, what the engine was built for, got 5" in refused.stderr
