@@ -189,6 +189,7 @@ class Device:
         self.call("cudaMemcpyAsync", to, source, size, kind, self.stream)
 
     def _failure(self, name: str, error: Any) -> BackendError:
+        self._api.cudaGetLastError()  # else whoever asks after its own next call takes this error for its own
         code = error.name
         if code == "cudaErrorMemoryAllocation":
             return DeviceMemoryError(f"{name}: the GPU has no memory left")

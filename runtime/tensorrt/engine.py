@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import re
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from llava_deploy.engines.contract import GraphSpec
 from llava_deploy.engines.engine_manifest import EngineManifest, read_engine_manifest
 from llava_deploy.engines.errors import BackendError, BundleError
 from llava_deploy.engines.manifest import FileEntry
@@ -18,6 +20,7 @@ from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 from llava_deploy.runtime.tensorrt.cuda import Device, DeviceMemory, DeviceMemoryError
 
 _CHUNK = 64 << 20  # bytes hashed at a time
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "BOOL": "bool"}
 
 
 class Replay(Enum):
@@ -112,6 +115,31 @@ class Engine:
             raise self.failure(f"does not take optimisation profile {profile}")
         return Context(self, context, memory)
 
+    def require(self, spec: GraphSpec) -> None:
+        """Hold the inputs and outputs against the contract: names, dtypes, and the sizes that are fixed in it.
+
+        Raises:
+            BackendError: one differs.
+        """
+        engine = self._engine
+        inputs = self._module.api.TensorIOMode.INPUT
+        found: dict[tuple[str, bool], Any] = {}
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            found[name, engine.get_tensor_mode(name) == inputs] = engine.get_tensor_dtype(name).name
+        wanted = {(each.name, True): each for each in spec.inputs} | {(each.name, False): each for each in spec.outputs}
+        if differ := sorted(name for name, _ in found.keys() ^ wanted.keys()):
+            raise BackendError(f"{self.name}: not of this model: its inputs and outputs differ in {', '.join(differ)}")
+        for key, tensor in wanted.items():
+            shape = tuple(engine.get_tensor_shape(tensor.name))
+            fits = len(shape) == len(tensor.shape) and all(
+                isinstance(want, str) or want == got for want, got in zip(tensor.shape, shape, strict=True)
+            )
+            if not fits or _DTYPES.get(found[key]) != tensor.dtype:
+                raise BackendError(
+                    f"{self.name}: not of this model: want {tensor} for {tensor.name}, found {found[key]}{list(shape)}"
+                )
+
     @property
     def replays(self) -> bool:
         """Whether TensorRT captures and replays CUDA graphs by itself."""
@@ -204,8 +232,11 @@ def fits_version(version: str, recipe: TensorRtRecipe, installed: str) -> bool:
     """Whether the version of TensorRT that is installed runs a plan of ``version``: its own, or made for later ones."""
     if version == installed:
         return True
-    built, there = ([int(part) for part in each.split(".")[:3]] for each in (version, installed))
-    return recipe.version_compatible and built[0] == there[0] and built <= there
+    built, there = (re.match(r"(\d+)\.(\d+)\.(\d+)", each) for each in (version, installed))
+    if built is None or there is None or not recipe.version_compatible:
+        return False
+    before, now = (tuple(map(int, each.groups())) for each in (built, there))
+    return before[0] == now[0] and before <= now
 
 
 def _require_fit(

@@ -56,6 +56,7 @@ class TensorRtVision:
         self._shape = shape
         self._spec = shape.spec(self.max_images)
         self._device = engine.device
+        engine.require(self._spec)
         self._context = engine.context(0, Replay.NEVER)
         self._staging = Staging(engine.device, "pictures' pixels")
         self._features: DeviceMemory | None = None

@@ -77,6 +77,14 @@ def test_errors_after_which_nothing_works_say_so(fake_gpu: FakeGpu, error: str, 
     assert ("start it again" in str(caught.value)) is not lives
 
 
+def test_an_error_is_not_left_for_others_to_find(fake_gpu: FakeGpu) -> None:
+    device = Device()
+    fake_gpu.fail("cudaMalloc")
+    with pytest.raises(DeviceMemoryError):
+        device.allocate(8, "a test")
+    assert fake_gpu.last_error is None
+
+
 def test_an_array_keeps_its_pinned_memory(fake_gpu: FakeGpu) -> None:
     block = Device().pin(64, "a test")
     array = block.array(16, (3, 2), INT64)

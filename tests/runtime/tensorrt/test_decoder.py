@@ -65,6 +65,7 @@ def test_steps_are_replayed_as_graphs_one_a_bucket(
         decoder.step(embeddings(1, 1), np.array([at]), zeros(1))
     made = fake_gpu.calls - before
     assert made["create_execution_context"] == 2
+    assert sorted(context._profile for context in fake_gpu.contexts) == [0, 0, 1, 1]  # tower, prompts, two buckets
     assert made["cudaStreamSynchronize"] == 10
     if decoder._engine.replays:
         assert made["execute_async_v3"] == 10
@@ -191,7 +192,7 @@ def test_a_broken_gpu_says_that_the_process_must_start_again(
 
 def test_what_does_not_fit_is_refused(sessions: Any, embeddings: Embeddings) -> None:
     decoder = sessions.decoder
-    with pytest.raises(OptionError, match=r"prompts: want 1 to 4 at once.*--max-batch 5"):
+    with pytest.raises(OptionError, match=r"batch: want 1 to 4 prompts at once.*--max-batch 5"):
         decoder.begin(5)
     decoder.begin(1)
     for wrong in (embeddings(2, 3), embeddings(1, 3).astype(np.float16), embeddings(1, 3)[:, :, :-1]):

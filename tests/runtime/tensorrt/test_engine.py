@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import tensorrt_rtx
 
 from llava_deploy.engines.engine_manifest import ENGINE_MANIFEST
 from llava_deploy.engines.errors import BackendError, BundleError
+from llava_deploy.engines.manifest import read_manifest
 from llava_deploy.engines.tensorrt_module import TensorRtModule, import_tensorrt
 from llava_deploy.engines.tensorrt_recipe import EngineLimits, TensorRtRecipe
 from llava_deploy.runtime.tensorrt.cuda import Device, DeviceMemoryError
@@ -88,6 +90,7 @@ def test_a_plan_that_its_manifest_does_not_have(directory: Path, refused: Any) -
         ("10.4.0", True, "10.3.0", False),
         ("10.3.0", True, "11.4.0.106", False),
         ("10.3.0.26", True, "10.3.0.30", True),
+        ("nonsense", True, "10.3.0", False),
     ],
 )
 def test_versions(built: str, compatible: bool, installed: str, fits: bool) -> None:
@@ -149,3 +152,19 @@ def test_the_real_module_reads_a_mapped_file(fake_gpu: FakeGpu, tmp_path: Path) 
         pytest.raises(BackendError, match=r"a plan: tensorrt-rtx 1\.\S+ cannot be deserialised: .*Serialization"),
     ):
         Engine("a plan", plan, RECIPE, module, Workspace(device), device)
+
+
+def test_inputs_and_outputs_are_the_contracts(fake_gpu: FakeGpu, directory: Path, demo_bundle: Path) -> None:
+    """An engine of another model, whose shapes would be bound as if it were this one."""
+    manifest = read_manifest(demo_bundle)
+    vision, decoder = open_plans(directory, ["vision.plan", "decoder.plan"], import_tensorrt("tensorrt-rtx"), Device())
+    vision.require(manifest.vision.spec())
+    decoder.require(manifest.decoder.spec())
+    with pytest.raises(BackendError, match=r"not of this model: its inputs and outputs differ in .*pixel_values"):
+        vision.require(manifest.decoder.spec())
+    with pytest.raises(BackendError, match=r"differ in past\.\d\.key, .*present\.\d\.value$"):
+        decoder.require(replace(manifest.decoder, layers=manifest.decoder.layers + 1).spec())
+    with pytest.raises(BackendError, match=r"want float16\['batch', 'seq', \d+\] for inputs_embeds, found FLOAT"):
+        decoder.require(replace(manifest.decoder, dtype="float16").spec())
+    with pytest.raises(BackendError, match=r"want float32\['batch', 9\] for logits, found FLOAT\[-1, "):
+        decoder.require(replace(manifest.decoder, vocab_size=9).spec())

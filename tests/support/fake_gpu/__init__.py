@@ -16,6 +16,7 @@ What it refuses, and how it differs from a plain stub:
 - memory of the device has addresses that the host cannot read; it holds garbage (NaN) until it is written, and so does
   pinned memory; reading past a block or after it was freed breaks the device for good, as on a real GPU;
 - streams run their work late, when somebody waits: a buffer that is reused too early gives wrong numbers;
+- an error that nobody has taken note of (``cudaGetLastError``) is taken by TensorRT for one of its own;
 - memory that is allocated, freed or waited for while a stream captures breaks the capture;
 - a graph whose execution context has gone, or has other shapes since, writes NaN;
 - engines hold shapes against their profiles, addresses against alignment, ``present`` against ``past``;
@@ -38,7 +39,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from fake_gpu.cuda import CudaError, FakeCuda, real
+from fake_gpu.calls import CudaError, real
+from fake_gpu.cuda import FakeCuda
 from fake_gpu.memory import Memory
 from fake_gpu.plans import write_engine
 from fake_gpu.tensorrt import FakeContext, FakeEngine, FakeTensorRt, open_session
@@ -63,6 +65,7 @@ class FakeGpu:
         self.calls: Counter[str] = Counter()
         self.illegal: list[str] = []
         self.broken: Any = None
+        self.last_error: Any = None
         self.contexts: weakref.WeakSet[FakeContext] = weakref.WeakSet()
         self.engines: weakref.WeakSet[FakeEngine] = weakref.WeakSet()
         self.cuda = FakeCuda(self)

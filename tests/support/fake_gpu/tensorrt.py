@@ -223,7 +223,7 @@ class FakeContext(_Checked):
         gpu.calls["execute_async_v3"] += 1
         if gpu.asked_to_fail("execute_async_v3"):
             return self._refuse("Error Code 2: OutOfMemory (enqueueV3)")
-        problem = self._problem()
+        problem = self._problem() if gpu.last_error is None else f"CUDA error {gpu.last_error.name}"
         if problem is not None:
             return self._refuse(f"enqueueV3: Error Code 3: API Usage Error ({problem})")
         if stream.capture is None:
