@@ -27,7 +27,7 @@ GROUP = 32
 ACT_ORDER = WeightFormat(4, GROUP, symmetric=False, permuted=True)
 SMALL: dict[str, dict[str, Any]] = {
     "vision": {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
         "image_size": 32, "patch_size": 8,
     },
     "decoder": {
@@ -38,6 +38,17 @@ SMALL: dict[str, dict[str, Any]] = {
     "top": {},
 }  # fmt: skip
 LLAMA3 = RopeConfig("llama3", 5000.0, 4.0, 1.0, 4.0, 64)
+
+
+def wide(size: int) -> dict[str, dict[str, Any]]:
+    """One layer whose weights are most of an engine."""
+    decoder = {
+        "hidden_size": size, "intermediate_size": 2 * size, "num_hidden_layers": 1, "num_attention_heads": size // 64,
+        "num_key_value_heads": size // 64, "head_dim": 64,
+    }  # fmt: skip
+    return {"decoder": decoder, "projector": {"sizes": (32, size, size)}}
+
+
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "llava-1.5": {},
     "grouped heads, wide head_dim": {"decoder": {"num_key_value_heads": 2, "head_dim": 32}},
@@ -61,8 +72,12 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "linear projector": {"projector": {"sizes": (32, 64)}},
     "mlp3x_gelu projector": {"projector": {"sizes": (32, 64, 64, 64)}},
     "identity projector": {"projector": {"sizes": (64,)}, "vision": {"hidden_size": 64}},
+    "heads without a fused kernel": {"vision": {"num_attention_heads": 4}, "decoder": {"head_dim": 8}},
+    "wide": wide(512),
+    "twice as wide": wide(1024),
 }
-"""What of the config differs from a small LLaVA-1.5: the kinds that tests/exporter/test_parity.py exports as well."""
+"""What of the config differs from a small LLaVA-1.5: the kinds that tests/exporter/test_parity.py exports, one whose
+attention TensorRT takes apart, and two whose weights are most of an engine."""
 
 
 @dataclass(frozen=True)
