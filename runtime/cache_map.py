@@ -1,9 +1,9 @@
 """The slots that the runtime writes to, kept in a cache that can only be appended to.
 
 The runtime says which slot a row's new tokens go to, and writes over slots that it has no use for any more. A growing
-cache takes the new keys and values of all rows behind what it holds already, at one place for all. So a row's slots lie
-in any order, with others between them that nothing looks at: the mask says which is which. From time to time the cache
-is packed, so that it never gets longer than the slots there are.
+cache takes the new keys and values of all rows behind what it holds already, at one place for all. So between a row's
+slots there are places that nothing looks at any more: the mask says which is which. From time to time the cache is
+packed, so that it never gets longer than the slots there are.
 
 Place 0 of the cache is never visible: a backend wants a past that is not empty, also before the first token.
 """
@@ -110,10 +110,11 @@ class CacheMap:
         self.past_len += seq
 
     def _runs(self, row: int, kept: int) -> Iterator[Run]:
-        """Where the first ``kept`` slots of a row are, in their order; they go to the places from 1 on."""
-        slots = self._slots[row, : self.past_len]
-        places = np.flatnonzero(slots < kept)
-        places = places[np.argsort(slots[places])]
+        """Where the first ``kept`` slots of a row are; they go to the places from 1 on.
+
+        They lie in their order, as what comes after a slot is gone when that is written again.
+        """
+        places = np.flatnonzero(self._slots[row, : self.past_len] < kept)
         target = 1
         for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):
             if len(run):

@@ -56,6 +56,7 @@ class GrowingDecoder:
             raise ContractError(f"{engine.name}: want a cache that grows, found {engine.recipe.cache!r}")
         if not 1 <= max_len <= limits.max_len:
             raise OptionError("max_len", f"want 1 to {limits.max_len}, what the engine was built for, got {max_len}")
+        engine.require(shape.growing_spec(limits.max_batch))
         self.max_len = max_len
         self.max_seq = min(limits.max_seq, max_len)
         self._limits = limits
