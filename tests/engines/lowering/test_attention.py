@@ -168,9 +168,16 @@ def odd_heads(node: ir.Node) -> None:
     node.inputs[1].shape = ir.Shape(["batch", 3, "total", 8])
 
 
+def heads_that_do_not_divide(node: ir.Node) -> None:
+    for value in node.inputs[1:3]:
+        assert value is not None
+        value.shape = ir.Shape(["batch", 3, "total", 8])
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
+        (heads_that_do_not_divide, "want keys and values of as many heads, which divide 4, got 3 and 3"),
         (causal, "it has an attribute is_causal"),
         (capped, "it has an attribute softcap"),
         (float_mask, "want a mask of bools"),

@@ -74,6 +74,21 @@ def test_what_shares_positions_shares_the_lookup() -> None:
     assert not LowerRotaryEmbedding()(model).modified
 
 
+def test_other_positions_have_a_lookup_of_their_own(run_model: Any) -> None:
+    model = rotations((2, 2), 8, np.float32)
+    later = ir.Value(name="later", shape=ir.Shape(["batch", "seq"]), type=ir.TensorType(ir.DataType.INT64))
+    model.graph.inputs.append(later)
+    model.graph[1].replace_input_with(3, later)
+    rng = np.random.default_rng(0)
+    feed = {f"x{i}": rng.standard_normal((1, 2, 3, 8)).astype(np.float32) for i in range(2)}
+    feed |= {"positions": np.array([[1, 2, 3]]), "later": np.array([[7, 8, 9]])}
+    want = run_model(model, feed)
+    LowerRotaryEmbedding()(model)
+    found = run_model(model, feed)
+    for name, values in want.items():
+        np.testing.assert_allclose(found[name], values, atol=1e-6)
+
+
 def interleaved(node: ir.Node) -> None:
     node.attributes["interleaved"] = ir.AttrInt64("interleaved", 1)
 
