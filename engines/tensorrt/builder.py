@@ -181,17 +181,17 @@ def _space(manifest: Manifest) -> int:
 
 
 def _graphs(build: _Build) -> tuple[_Graph, _Graph]:
+    """The decoder first: at the peak, which is its, nothing of another build is left in memory."""
     manifest, recipe = build.manifest, build.recipe
-    sizes = {"max_len": recipe.limits.max_len} if recipe.cache == "in-place" else {}
-    vision = manifest.vision.spec(recipe.limits.max_images)
-    decoder = with_sizes(decoder_spec(manifest.decoder, recipe.limits, recipe.cache), sizes)
-    weights = sum(entry.size for entry in manifest.files if entry.path.startswith(VISION_GRAPH))
+    limits, cache = recipe.limits, recipe.cache
+    sizes = {"max_len": limits.max_len} if cache == "in-place" else {}
+    decoder = with_sizes(decoder_spec(manifest.decoder, limits, cache), sizes)
+    vision = manifest.vision.spec(limits.max_images)
+    weights = sum(entry.size for entry in manifest.files if entry.path.startswith(DECODER_GRAPH))
     share = _WHOLE * weights // max(1, graphs_size(manifest))
     return (
-        _Graph(VISION_GRAPH, VISION_PLAN, vision, vision_profiles(vision, recipe.limits), 0, share),
-        _Graph(
-            DECODER_GRAPH, DECODER_PLAN, decoder, decoder_profiles(decoder, recipe.limits, recipe.cache), share, _WHOLE
-        ),
+        _Graph(DECODER_GRAPH, DECODER_PLAN, decoder, decoder_profiles(decoder, limits, cache), 0, share),
+        _Graph(VISION_GRAPH, VISION_PLAN, vision, vision_profiles(vision, limits), share, _WHOLE),
     )
 
 

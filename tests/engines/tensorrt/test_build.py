@@ -96,7 +96,7 @@ def test_the_manifest_says_what_the_engines_are(built: Path) -> None:
     recipe = TensorRtRecipe("in-place", limits, ("sm89",), None, version_compatible=False, refittable=False)
     engine = read_engine_manifest(directory)
     assert engine.key == EngineKey("tensorrt-rtx", VERSION, "sm89", source_digest(manifest), None, recipe)
-    assert engine.files == tuple(describe_file(directory, name) for name in (VISION_PLAN, DECODER_PLAN))
+    assert engine.files == tuple(describe_file(directory, name) for name in (DECODER_PLAN, VISION_PLAN))
     assert engine.tools.keys() == {"llava-deploy", "onnx-ir"}
     assert sorted(path.name for path in directory.iterdir()) == sorted([DECODER_PLAN, VISION_PLAN, ENGINE_MANIFEST])
     assert names(built) == [NAME]
@@ -149,7 +149,7 @@ def test_progress_never_goes_back_and_ends_whole(bundle: Path) -> None:
     done = [progress.done for progress in told]
     assert done == sorted(done)
     assert (done[0], done[-1]) == (0, told[-1].total)
-    assert list(dict.fromkeys(progress.what for progress in told)) == ["vision", "decoder"]
+    assert list(dict.fromkeys(progress.what for progress in told)) == ["decoder", "vision"]
     assert told[0].phase == "Lowering the graph"
 
 

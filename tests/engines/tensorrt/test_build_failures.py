@@ -40,8 +40,8 @@ def names(bundle: Path) -> list[str]:
 
 
 def in_tensorrt(progress: BuildProgress) -> bool:
-    """Whether TensorRT itself is at work, on the decoder."""
-    return progress.what == "decoder" and progress.phase not in ("Lowering the graph", "Parsing the graph")
+    """Whether TensorRT itself is at work, on the second graph."""
+    return progress.what == "vision" and progress.phase not in ("Lowering the graph", "Parsing the graph")
 
 
 def test_an_interrupted_build_stops_and_leaves_nothing(bundle: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_plan_that_is_lost_on_its_way(bundle: Path, monkeypatch: pytest.Monkey
         return writer
 
     monkeypatch.setattr(adapter, "_make_writer", losing)
-    with pytest.raises(BackendError, match=r"vision\.plan: .* has built a plan that did not arrive"):
+    with pytest.raises(BackendError, match=r"decoder\.plan: .* has built a plan that did not arrive"):
         build_tensorrt(bundle, OPTIONS)
     assert names(bundle) == []
 
@@ -131,7 +131,7 @@ def test_a_workspace_that_is_too_small(bundle: Path) -> None:
     with pytest.raises(BackendError) as raised:
         build_tensorrt(bundle, dataclasses.replace(OPTIONS, workspace=1))
     message = str(raised.value)
-    assert message.startswith("vision.onnx: TensorRT for RTX ")
+    assert message.startswith("decoder.onnx: TensorRT for RTX ")
     assert "within workspace limit" in message
     assert message.endswith("; raise --workspace, or leave it out")
     assert "driver" not in message
@@ -212,6 +212,6 @@ def test_a_warning_that_means_another_result_ends_the_build(bundle: Path, monkey
         return build(module, made, network, config, path)
 
     monkeypatch.setattr(builder, "serialize", warned)
-    with pytest.raises(BackendError, match=r"vision\.onnx: .*an input is not used: Unused Input: write_indices"):
+    with pytest.raises(BackendError, match=r"decoder\.onnx: .*an input is not used: Unused Input: write_indices"):
         build_tensorrt(bundle, OPTIONS)
     assert names(bundle) == []
