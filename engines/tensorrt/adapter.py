@@ -169,11 +169,10 @@ def serialize(module: TensorRtModule, builder: Any, network: Any, config: Any, p
 
 def _make_writer(api: Any, file: BinaryIO, failures: list[OSError]) -> Any:
     """An ``IStreamWriter`` to ``file``. What goes wrong is kept: an exception cannot pass through TensorRT."""
-    base = api.IStreamWriter
 
-    class _Writer(base):
+    class _Writer(api.IStreamWriter):  # type: ignore[name-defined]
         def __init__(self) -> None:
-            base.__init__(self)
+            api.IStreamWriter.__init__(self)
 
         def write(self, data: bytes) -> int:
             if failures:

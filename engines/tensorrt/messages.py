@@ -92,11 +92,11 @@ class Messages:
 
 def make_logger(api: Any, messages: Messages) -> Any:
     """An ``ILogger`` that gives errors and warnings to ``messages``."""
-    base, severity = api.ILogger, api.ILogger.Severity
+    severity = api.ILogger.Severity
 
-    class _Logger(base):
+    class _Logger(api.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
-            base.__init__(self)
+            api.ILogger.__init__(self)
 
         def log(self, level: Any, text: str) -> None:
             if level in (severity.INTERNAL_ERROR, severity.ERROR):

@@ -92,11 +92,10 @@ class Phases:
 
 def make_monitor(api: Any, phases: Phases) -> Any:
     """An ``IProgressMonitor`` that tells ``phases``."""
-    base = api.IProgressMonitor
 
-    class _Monitor(base):
+    class _Monitor(api.IProgressMonitor):  # type: ignore[name-defined]
         def __init__(self) -> None:
-            base.__init__(self)
+            api.IProgressMonitor.__init__(self)
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             phases.start(phase_name, parent_phase, num_steps)
