@@ -31,7 +31,7 @@ def build(bundle: str, backend: BackendUnderTest, limits: dict[str, int], capabi
     Args:
         bundle: directory.
         backend: one of :data:`names.BUILT`.
-        limits: of a TensorRT engine, by the names of its options.
+        limits: of a TensorRT engine: ``max_batch``, ``max_len`` and ``max_images``.
         capability: to build for, as ``sm89``; ``None``: this machine's GPU.
     """
     began = time.perf_counter()
@@ -48,7 +48,13 @@ def build(bundle: str, backend: BackendUnderTest, limits: dict[str, int], capabi
             require_capability(capability)
         module = import_tensorrt(backend)
         capabilities = () if capability is None or backend == "tensorrt" else (capability,)
-        options = TensorRtBuildOptions(backend=backend, capabilities=capabilities, **limits)
+        options = TensorRtBuildOptions(
+            backend=backend,
+            max_batch=limits["max_batch"],
+            max_len=limits["max_len"],
+            max_images=limits["max_images"],
+            capabilities=capabilities,
+        )
         manifest = read_manifest(Path(bundle))
         try:
             require_memory(

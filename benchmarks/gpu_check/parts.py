@@ -119,7 +119,8 @@ def _demo_parts(
     export = _demo_export(settings, weights)
     at, bundle = f"demo/{weights}/{backend}", export.arguments["bundle"]
     given = {"bundle": bundle, "backend": backend}
-    why, needs = missing(found, backend), (export.name,)
+    why = missing(found, backend)
+    needs: tuple[str, ...] = (export.name,)
     if backend in BUILT:
         build = _build(found, at, bundle, backend, DEMO_LIMITS, 120, needs)
         yield build
@@ -155,7 +156,8 @@ def _measured(found: dict[str, Any], settings: Settings, weights: Weights) -> It
     if weights != "int4-symmetric":
         backends = (*backends, "onnxruntime-cuda-lowered", "onnxruntime-cuda")
     for backend in (*backends, "onnxruntime") if shape == "tiny" else backends:
-        at, needs = f"{shape}/{weights}/{backend}", (export.name,)
+        at = f"{shape}/{weights}/{backend}"
+        needs: tuple[str, ...] = (export.name,)
         if backend in BUILT:
             parts.append(_build(found, at, str(bundle), backend, limits, 240, needs))
             needs = (*needs, parts[-1].name)
