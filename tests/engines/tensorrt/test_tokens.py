@@ -1,0 +1,85 @@
+"""The lowered graphs, both dialects, run by ONNX Runtime on the fake GPU: the tokens that the canonical graphs give."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from llava_deploy.exporter.demo.scenes import Split, examples
+from llava_deploy.runtime import Llava
+
+if TYPE_CHECKING:
+    from fake_gpu import FakeGpu
+
+MakeBundle = Callable[[str, str], Path]
+
+MAX_LEN = 96
+NEW_TOKENS = 12
+DIALECTS = {"in-place": ("tensorrt-rtx", None), "growing": ("tensorrt", "10.3.0.26")}
+KINDS = [
+    "llava-1.5",
+    "grouped heads, wide head_dim",
+    "one key head, tied embeddings",
+    "all biases, linear rope",
+    "llama3 rope, gelu decoder",
+    "two feature layers, cls kept",
+    "first feature layer, gelu tower",
+    "patches do not fill the picture",
+    "linear projector",
+    "mlp3x_gelu projector",
+    "identity projector",
+]
+
+
+def on_fake_gpu(bundle: Path, dialect: str, gpu: FakeGpu) -> Llava:
+    backend, version = DIALECTS[dialect]
+    if version is None:
+        gpu.write_engine(bundle)
+    else:
+        gpu.provide(backend, version)
+        gpu.write_engine(bundle, backend=backend, version=version, cache="growing")
+    return Llava.load(bundle, backend=backend, max_len=MAX_LEN)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("family", KINDS)
+def test_every_family(family: str, dialect: str, bundle_of: MakeBundle, fake_gpu: FakeGpu, tmp_path: Path) -> None:
+    """In float32, where random weights leave no doubt about the largest logit; rows of different lengths."""
+    bundle = shutil.copytree(bundle_of(family, "fp32"), tmp_path / "bundle")
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), np.uint8)
+    prompts = ["What is <image> this?", "a <image> b <image>", "and no picture, but a longer text than any of them"]
+    images = [[pictures[0]], [*pictures], []]
+    tokens = []
+    for llava in (
+        Llava.load(bundle, backend="onnxruntime", threads=1, max_len=MAX_LEN),
+        on_fake_gpu(bundle, dialect, fake_gpu),
+    ):
+        answers = llava.generate(prompts, images, max_new_tokens=NEW_TOKENS)
+        tokens.append([answer.token_ids for answer in answers])
+    assert tokens[0] == tokens[1]
+    assert len({*tokens[0]}) == len(prompts)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("stored", ["fp16", "int4 symmetric", "int4 asymmetric", "int4-awq, int8 head", "int4 head"])
+def test_every_precision(stored: str, dialect: str, bundle_of: MakeBundle, fake_gpu: FakeGpu, tmp_path: Path) -> None:
+    """Of the shipped model, which is sure of its answers."""
+    bundle = shutil.copytree(bundle_of("demo", stored), tmp_path / "bundle")
+    asked = [*islice(examples(Split.HELD_OUT, seed=3), 4)]
+    prompts = [f"USER: <image>\n{example.question} ASSISTANT:" for example in asked]
+    images = [[example.picture] for example in asked]
+    level = None if stored == "fp16" else 1  # activations in float32, as in the lowered graph
+    canonical = Llava.load(bundle, backend="onnxruntime", threads=1, max_len=MAX_LEN, accuracy_level=level)
+    lowered = on_fake_gpu(bundle, dialect, fake_gpu)
+    tokens = [
+        [answer.token_ids for answer in llava.generate(prompts, images, max_new_tokens=NEW_TOKENS)]
+        for llava in (canonical, lowered)
+    ]
+    assert tokens[0] == tokens[1]
+    assert all(tokens[0])
