@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions, normal_capability
 from llava_deploy.engines.tensorrt_module import TensorRtBackend, TensorRtModule
+from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 
 _ALWAYS_STRONGLY_TYPED: Mapping[TensorRtBackend, tuple[int, int]] = {"tensorrt": (11, 0), "tensorrt-rtx": (1, 7)}
 """From these releases on there are no other networks, and the flag is deprecated."""
@@ -100,6 +101,21 @@ def set_targets(module: TensorRtModule, config: Any, capabilities: tuple[str, ..
                 f"TensorRT for RTX {module.version} refuses to build for {', '.join(capabilities)} in one engine; "
                 "build for one compute capability at a time, in a copy of the bundle each"
             )
+
+
+def set_flags(module: TensorRtModule, config: Any, recipe: TensorRtRecipe) -> None:
+    """Have an engine built in the ways that its recipe names."""
+    flags = module.api.BuilderFlag
+    if module.backend == "tensorrt-rtx" and "REQUIRE_USER_ALLOCATION" in flags.__members__:  # 1.7 has it
+        # The runtime gives an engine all of its memory, and CUDA graphs are of engines that allocate none.
+        config.set_flag(flags.REQUIRE_USER_ALLOCATION)
+    config.clear_flag(flags.TF32)  # a graph in float32 means float32
+    if recipe.version_compatible:
+        config.set_flag(flags.VERSION_COMPATIBLE)
+    if recipe.refittable:
+        config.set_flag(flags.REFIT)
+    if recipe.workspace is not None:
+        config.set_memory_pool_limit(module.api.MemoryPoolType.WORKSPACE, recipe.workspace)
 
 
 def current_capability() -> str:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from llava_deploy.engines.contract import GraphSpec
 from llava_deploy.engines.engine_manifest import (
@@ -29,7 +28,13 @@ from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest, describe_file, read_manifest
 from llava_deploy.engines.staging import require_space, staged_directory, write_error
-from llava_deploy.engines.tensorrt.adapter import require_supported, resolve_capabilities, serialize, set_targets
+from llava_deploy.engines.tensorrt.adapter import (
+    require_supported,
+    resolve_capabilities,
+    serialize,
+    set_flags,
+    set_targets,
+)
 from llava_deploy.engines.tensorrt.attention import allow_decomposition
 from llava_deploy.engines.tensorrt.checks import (
     ExpectedLayers,
@@ -145,7 +150,7 @@ def build_tensorrt(
     if not replace and is_current(output, key):
         return output
     require_space(bundle, _space(manifest))
-    require_memory(bundle, manifest, module, limits, on_warning, enforce=not options.skip_memory_check)
+    require_memory(bundle, manifest, module, recipe, on_warning, enforce=not options.skip_memory_check)
     build = _Build(bundle, manifest, module, release, recipe, options.timing_cache, on_progress, on_warning)
     try:
         with staged_directory(output, replace=True) as staging:
@@ -235,7 +240,7 @@ def _parse_and_serialize(build: _Build, graph: _Graph, path: Path, expected: Exp
     monitor = make_monitor(module.api, phases)
     config.progress_monitor = monitor
     set_targets(module, config, recipe.capabilities)
-    _set_flags(module, config, recipe)
+    set_flags(module, config, recipe)
     add_profiles(parsed.builder, config, graph.profiles)
     timing = load_timing_cache(module, config, build.timing_cache, messages)
 
@@ -261,17 +266,3 @@ def _build_error(build: _Build, graph: _Graph, messages: Messages) -> BackendErr
     if "workspace" in cause and build.recipe.workspace is not None:
         return BackendError(f"{what}; raise --workspace, or leave it out")
     return BackendError(f"{what}; use another version of TensorRT, or smaller limits")
-
-
-def _set_flags(module: TensorRtModule, config: Any, recipe: TensorRtRecipe) -> None:
-    api = module.api
-    if module.backend == "tensorrt-rtx":
-        # The runtime gives an engine all of its memory, and CUDA graphs are of engines that allocate none.
-        config.set_flag(api.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    config.clear_flag(api.BuilderFlag.TF32)  # a graph in float32 means float32
-    if recipe.version_compatible:
-        config.set_flag(api.BuilderFlag.VERSION_COMPATIBLE)
-    if recipe.refittable:
-        config.set_flag(api.BuilderFlag.REFIT)
-    if recipe.workspace is not None:
-        config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, recipe.workspace)

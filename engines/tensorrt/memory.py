@@ -12,14 +12,14 @@ from llava_deploy.engines.planner.machine import available_memory
 from llava_deploy.engines.planner.model import Sizes, planned_bundle
 from llava_deploy.engines.tensorrt.adapter import free_device_memory
 from llava_deploy.engines.tensorrt_module import TensorRtModule
-from llava_deploy.engines.tensorrt_recipe import EngineLimits
+from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 
 
 def require_memory(
     bundle: Path,
     manifest: Manifest,
     module: TensorRtModule,
-    limits: EngineLimits,
+    recipe: TensorRtRecipe,
     on_warning: Callable[[str], None],
     *,
     enforce: bool,
@@ -29,7 +29,8 @@ def require_memory(
     Raises:
         LlavaDeployError: there is too little, on the host or on the GPU.
     """
-    planned = build_memory(planned_bundle(bundle, manifest), module.backend, Sizes.of(limits))
+    model = planned_bundle(bundle, manifest)
+    planned = build_memory(model, module.backend, Sizes.of(recipe.limits), recipe.cache)
     device = free_device_memory() if planned.device else None
     for where, wanted, free in (
         ("memory", planned.anonymous, available_memory()),

@@ -17,15 +17,22 @@ from llava_deploy.engines.tensorrt.adapter import (
     require_supported,
     resolve_capabilities,
     serialize,
+    set_flags,
     set_targets,
 )
 from llava_deploy.engines.tensorrt.messages import Messages
 from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions
 from llava_deploy.engines.tensorrt.timing import load_timing_cache, save_timing_cache
-from llava_deploy.engines.tensorrt_module import TensorRtModule
+from llava_deploy.engines.tensorrt_module import TensorRtBackend, TensorRtModule
+from llava_deploy.engines.tensorrt_recipe import EngineLimits, TensorRtRecipe
 
 if TYPE_CHECKING:
     from fake_gpu import FakeGpu
+
+
+LIMITS = EngineLimits(
+    max_batch=1, max_len=64, max_seq=64, max_images=1, opt_batch=1, opt_seq=64, opt_total=64, opt_images=1
+)
 
 
 class Flag(enum.IntEnum):
@@ -120,6 +127,27 @@ def test_targets_are_for_rtx_alone(rtx: TensorRtModule) -> None:
         set_targets(rtx, config, ("sm89", "sm120"))
     kinds = rtx.api.ComputeCapability
     assert (config.num_compute_capabilities, taken) == (2, [(kinds.SM89, 0), (kinds.SM120, 1)])
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_the_flags_that_a_recipe_asks_for(backend: TensorRtBackend) -> None:
+    names = ["TF32", "REFIT", "VERSION_COMPATIBLE"]
+    if backend == "tensorrt-rtx":
+        names.append("REQUIRE_USER_ALLOCATION")
+    flags = enum.Enum("Flags", names)  # type: ignore[misc]
+    pools = SimpleNamespace(WORKSPACE="workspace")
+    module = TensorRtModule(backend, SimpleNamespace(BuilderFlag=flags, MemoryPoolType=pools), "1.7.1")
+    always = {"REQUIRE_USER_ALLOCATION"} & set(names)
+    for asked, wanted in ((False, always), (True, {*always, "REFIT", "VERSION_COMPATIBLE"})):
+        is_set, limits = {flags["TF32"]}, {}
+        config = SimpleNamespace(
+            set_flag=is_set.add, clear_flag=is_set.remove, set_memory_pool_limit=limits.__setitem__
+        )
+        workspace = 4096 if asked else None
+        recipe = TensorRtRecipe("in-place", LIMITS, ("sm89",), workspace, version_compatible=asked, refittable=asked)
+        set_flags(module, config, recipe)
+        assert {flag.name for flag in is_set} == wanted
+        assert limits == ({"workspace": 4096} if asked else {})
 
 
 def test_a_release_that_cannot_stream_gives_its_plan_in_one_piece(tmp_path: Path) -> None:
