@@ -12,6 +12,9 @@ from outcome import Outcome
 
 GB = 1e9
 NOTHING = "-"
+WANTED_SHARE = 0.8
+"""Of the copy bandwidth, by decode."""
+
 EXPLAINED = (
     "Vision: a picture's pixels on the host to its features. TTFT: prompt and pixels on the host to the first token "
     "there. GB/s: the decoder's weights and the visible cache, once a token; its share is of the copy above. "
@@ -71,6 +74,10 @@ def markdown(found: dict[str, Any], settings: dict[str, Any], outcomes: Sequence
         ),
         "",
         EXPLAINED,
+        "",
+        "## Aims",
+        "",
+        *_aims(outcomes, str(settings.get("shape"))),
         "",
     ]
     failed = [f"- `{one.name}`: {_line(one.reason)}" for one in outcomes if one.status == "failed"]
@@ -142,6 +149,36 @@ def _fast(outcomes: Sequence[Outcome], model: str, weights: str, backend: str) -
         NOTHING if peak is None else f"{peak / GB:.1f}",
         NOTHING if host is None else f"{host / GB:.1f}",
     )
+
+
+def _aims(outcomes: Sequence[Outcome], model: str) -> list[str]:
+    """What the product's backends were to reach, and whether they do; a line each that was measured."""
+    speeds = {tuple(one.name.split("/")[1:3]): one.result for one in outcomes if _is_speed(one, model)}
+    rivals = {
+        backend: result["ttft_ms"] for (_, backend), result in speeds.items() if backend.startswith("transformers")
+    }
+    lines = []
+    for (weights, backend), result in speeds.items():
+        if not backend.startswith("tensorrt"):
+            continue
+        share = result["share_of_copy_bandwidth"]
+        if share is not None:
+            lines.append(
+                f"- {backend}, {weights}: decode at {share:.0%} of the copy, {_reached(share >= WANTED_SHARE)}"
+            )
+        for rival, ttft in rivals.items():
+            first = f"first token after {result['ttft_ms']:.0f} ms, {rival} {ttft:.0f} ms"
+            lines.append(f"- {backend}, {weights}: {first}, {_reached(result['ttft_ms'] < ttft)}")
+    aims = f"Decode at {WANTED_SHARE:.0%} of the copy bandwidth, and the first token before transformers'."
+    return [aims, "", *(lines or ["Not known: no engine was measured on a GPU."])]
+
+
+def _is_speed(outcome: Outcome, model: str) -> bool:
+    return outcome.status == "passed" and outcome.name.startswith(f"{model}/") and outcome.name.endswith("/speed")
+
+
+def _reached(is_reached: bool) -> str:
+    return "reached" if is_reached else "**not reached**"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

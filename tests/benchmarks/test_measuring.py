@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -117,3 +119,16 @@ def test_the_environment_of_a_machine_without_a_gpu(gpu_check: GpuCheck) -> None
     assert found["packages"]["onnxruntime"] == found["modules"]["onnxruntime"]
     assert gpu_check("parts").missing(found, "tensorrt-rtx") == f"no GPU: {found['no_gpu']}"
     assert gpu_check("parts").missing(found, "onnxruntime") is None
+
+
+def test_what_is_timed_runs_without_pytorch(gpu_check: GpuCheck, child_environment: dict[str, str]) -> None:
+    directory = Path(gpu_check("speed").__file__).parent
+    code = "import sys, speed, questions; print([m for m in ('torch', 'transformers', 'onnx') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**child_environment, "PYTHONPATH": str(directory)},
+    )
+    assert done.stdout.strip() == "[]"

@@ -109,6 +109,36 @@ def test_bundles_go_with_their_last_part(plan: Callable[..., Any]) -> None:
         assert [part.removes is not None for part in users] == [False] * (len(users) - 1) + [True]
 
 
+def test_aims_are_held_against_what_was_measured(gpu_check: Callable[[str], ModuleType]) -> None:
+    def speed(weights: str, backend: str, ttft_ms: float, share: float | None) -> Any:
+        result = {
+            "load_s": 1.0,
+            "vision_ms": 9.0,
+            "ttft_ms": ttft_ms,
+            "decode_tokens_per_s": 100.0,
+            "decode_gb_per_s": 700.0,
+            "share_of_copy_bandwidth": share,
+            "device_peak_bytes": 5_000_000_000,
+            "host_peak_bytes": None,
+        }
+        return gpu_check("outcome").Outcome(f"7b/{weights}/{backend}/speed", "passed", "", 1.0, result)
+
+    outcomes = [
+        speed("int4", "tensorrt-rtx", 80.0, 0.85),
+        speed("fp16", "tensorrt-rtx", 95.0, 0.7),
+        speed("fp16", "transformers eager", 90.0, 0.5),
+        gpu_check("outcome").not_run("7b/fp16/tensorrt/speed", "no module"),
+    ]
+    text = gpu_check("report").markdown(with_gpu(), {"shape": "7b"}, outcomes)
+    assert "| int4 | tensorrt-rtx | 1.0 | 9.0 | 80.0 | 100.0 | 700 | 85% | 5.0 | - |" in text
+    assert "- tensorrt-rtx, int4: decode at 85% of the copy, reached" in text
+    assert "- tensorrt-rtx, fp16: decode at 70% of the copy, **not reached**" in text
+    assert "- tensorrt-rtx, int4: first token after 80 ms, transformers eager 90 ms, reached" in text
+    assert "- tensorrt-rtx, fp16: first token after 95 ms, transformers eager 90 ms, **not reached**" in text
+    assert "Not known" not in text
+    assert "Not known" in gpu_check("report").markdown(BARE, {"shape": "7b"}, outcomes[2:])
+
+
 class Sham:
     """A run of the check whose parts are given, and answer at once."""
 
