@@ -98,7 +98,6 @@ class Engine:
         """
         api = self._module.api
         memory = self._workspace.block()
-        self._messages.clear()
         managed = api.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._module.backend == "tensorrt-rtx":
             settings = self._engine.create_runtime_config()

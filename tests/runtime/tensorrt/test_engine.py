@@ -57,7 +57,9 @@ def test_another_gpu(fake_gpu: FakeGpu, directory: Path, refused: Any) -> None:
 
 
 def test_another_backend(fake_gpu: FakeGpu, demo_bundle: Path, tmp_path: Path, refused: Any) -> None:
-    directory = fake_gpu.write_engine(demo_bundle, tmp_path / "b" / "engines" / "full", backend="tensorrt")
+    directory = fake_gpu.write_engine(
+        demo_bundle, tmp_path / "b" / "engines" / "full", backend="tensorrt", version="11.4.0.106"
+    )
     refused(directory, BundleError, "want an engine of tensorrt-rtx, found one of tensorrt;")
 
 
@@ -138,6 +140,7 @@ def test_contexts_of_both_engines_share_one_workspace(fake_gpu: FakeGpu, directo
     (size,) = (block.nbytes for block in fake_gpu.memory.device.values())
     assert size == max(engines[1]._engine.get_device_memory_size_for_profile_v2(i) for i in range(2))
     assert len({context._context._scratch for context in contexts}) == 1
+    assert all(context._context._managed for context in contexts)
     modes = [context._context._config.cuda_graph_strategy.name for context in contexts]
     assert modes == ["DISABLED", "DISABLED", "WHOLE_GRAPH_CAPTURE"]
 
