@@ -5,7 +5,7 @@
 Builds and runs every backend that is installed, holds it against PyTorch on the GPU stage by stage, has it answer the
 tiny model's questions, and measures a LLaVA of 7B's shape with random weights, beside transformers. Writes
 OUT/gpu_check.json and OUT/gpu_check.md, and rewrites them after every part: what was stopped keeps what it knew. A part
-that cannot run is 'not run', with the reason; exit code 1 where one failed, else 0.
+that cannot run is 'not run', with the reason. Exit code: 1 where one failed, 130 where Ctrl-C ended it, else 0.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ ENVIRONMENT = Part("environment", "environment:look", {}, 120)
 LEAST_S = 15.0
 """A part that has less than this left is not begun."""
 
+STOPPED = 130  # the exit code of what Ctrl-C ended
 HELPERS = Path(__file__).resolve().parents[1]
 
 
@@ -43,18 +44,20 @@ class Check:
         self.outcomes: list[Outcome] = []
 
     def run(self) -> None:
-        """Run the parts in turn, and write down each."""
+        """Run the parts in turn, and write down each; the bundles go in the end, whatever ends it."""
         looked = self._run(ENVIRONMENT)
         self._note(looked)
         if looked.status != "passed":
             return
         self._found = looked.result
-        for part in all_parts(self._found, self._settings):
-            if self._only is None or self._only in part.name or part.name.endswith("/export"):
-                self._note(self._run(part))
-            if part.removes is not None:
-                shutil.rmtree(part.removes, ignore_errors=True)
-        shutil.rmtree(self._settings.work, ignore_errors=True)
+        try:
+            for part in all_parts(self._found, self._settings):
+                if self._only is None or self._only in part.name or part.name.endswith("/export"):
+                    self._note(self._run(part))
+                if part.removes is not None:
+                    shutil.rmtree(part.removes, ignore_errors=True)
+        finally:
+            shutil.rmtree(self._settings.work, ignore_errors=True)
 
     def _run(self, part: Part) -> Outcome:
         if part.missing is not None:
@@ -89,11 +92,15 @@ def main() -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     shape: ShapeName = options.shape or ("1b" if options.quick else "7b")
     check = Check(options.output, shape, options.minutes, options.only)
-    check.run()
+    stopped = False
+    try:
+        check.run()
+    except KeyboardInterrupt:
+        stopped = True
     counts = totals(check.outcomes)
     print(", ".join(f"{count} {status}" for status, count in counts.items()))
     print(options.output / "gpu_check.md")
-    return 1 if counts["failed"] else 0
+    return STOPPED if stopped else int(counts["failed"] > 0)
 
 
 if __name__ == "__main__":

@@ -195,6 +195,20 @@ def test_a_part_that_time_does_not_reach_is_not_run(sham: Sham) -> None:
     assert "minutes were over" in check.outcomes[0].reason
 
 
+def test_the_bundles_go_where_it_is_stopped(sham: Sham, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sham.part("demo/fp16/a/verify", "passed")
+    check = sham.make()
+    (tmp_path / "work" / "demo-fp16").mkdir(parents=True)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "_note", lambda outcome: None if outcome.name == "environment" else stop())
+    with pytest.raises(KeyboardInterrupt):
+        check.run()
+    assert not (tmp_path / "work").exists()
+
+
 def test_only_some_parts(sham: Sham) -> None:
     for name in ("demo/fp16/export", "demo/fp16/a/verify", "demo/fp16/a/questions"):
         sham.part(name, "passed")
