@@ -246,7 +246,7 @@ def _parse_and_serialize(build: _Build, graph: _Graph, path: Path, expected: Exp
 
     def report(phase: str, part: float) -> None:
         done = graph.begins + int(part * (graph.ends - graph.begins))
-        build.on_progress(BuildProgress(graph.spec.name, phase, done, _WHOLE))
+        build.on_progress(BuildProgress(graph.spec.name, phase if phase else "Building", done, _WHOLE))
 
     built = run_watched(
         lambda: serialize(module, parsed.builder, parsed.network, config, plan), phases, on_change=report

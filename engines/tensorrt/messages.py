@@ -20,13 +20,11 @@ _LOSSES: Mapping[str, re.Pattern[str]] = {
     "an input is not used": re.compile(r"unused input|input .*\b(is|are) (unused|not used)|never used", re.IGNORECASE),
     "something is ignored": re.compile(r"\bignor(e|es|ed|ing)\b|has no effect|not be respected", re.IGNORECASE),
     "a value changes its type": re.compile(
-        r"cast(ing|ed)? (down|to|.* to)\b|will cast|being converted|converting .*(back )?to|"
+        r"\bcast(ing|ed)? (down|to|.* to)\b|will cast|being converted|converting .*(back )?to|"
         r"performing operation in|insert(ing|ed)? .*cast|type mismatch",
         re.IGNORECASE,
     ),
-    "a value changes": re.compile(
-        r"clamp|out(side)? (of )?(the )?range|subnormal|truncat(ed|ing)|overflow", re.IGNORECASE
-    ),
+    "a value changes": re.compile(r"\bclamp|out(side)? (of )?(the )?range|when converted", re.IGNORECASE),
     "a profile contradicts itself": re.compile(r"not self-consistent", re.IGNORECASE),
     "the numbers suffer": re.compile(r"(affect|reduce|loss of|degrade).*(accuracy|precision)", re.IGNORECASE),
 }
@@ -37,6 +35,8 @@ _HARMLESS = (
     re.compile(r"Make sure input .* has Int64 binding"),
     # Between builder and driver, of no meaning to what is computed.
     re.compile(r"CUDA lazy loading|message truncated", re.IGNORECASE),
+    # One way to compute a layer that does not fit the machine; it takes another.
+    re.compile(r"(skipp|ignor)ing tactic", re.IGNORECASE),
 )
 
 _CLEANING_UP = re.compile(r"\[[^\]]*\] Error Code 1: Cuda Runtime \([^()]*\(cudaError (35|100):[^)]*\)\)")
@@ -69,7 +69,8 @@ class Messages:
             return
         meaning = _loss(text)
         if meaning is None:
-            self.warnings.append(text)
+            if text not in self.warnings:
+                self.warnings.append(text)
         else:
             self.losses.append((meaning, text))
 
