@@ -75,6 +75,12 @@ class DecoderSession(Protocol):
             BackendError: no memory for it.
         """
 
+    def clear(self) -> None:
+        """Forget what the cache holds, after a failure; to be followed by :meth:`begin`.
+
+        What the mask hides still meets a weight of 0, and 0 x NaN is NaN.
+        """
+
     def step(
         self,
         inputs_embeds: np.ndarray,

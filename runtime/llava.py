@@ -222,11 +222,22 @@ class Llava:
             if single:
                 self._context.extend((token,))
 
-        for count, _ in enumerate(generation.steps(batch.tokens.after(reused), self.encoder.embed, written)):
+        for count, _ in enumerate(
+            self._or_cleared(generation.steps(batch.tokens.after(reused), self.encoder.embed, written))
+        ):
             if single and not count:
                 self._context.extend(batch.slots[reused:])
             yield
             self._require_latest(call)
+
+    def _or_cleared(self, steps: Iterator[None]) -> Iterator[None]:
+        """Run the decoder; where it fails, or gives what is no number, nothing of the cache is used again."""
+        try:
+            yield from steps
+        except BackendError:
+            self._context.clear()
+            self.decoder.clear()
+            raise
 
     def _require_latest(self, call: int) -> None:
         if call != self._call:

@@ -117,6 +117,10 @@ class OnnxRuntimeDecoder:
             raise BackendError(f"the decoder's cache cannot be bound: {_cause(error)}; {_VERIFY}") from error
         self._batch = batch
 
+    def clear(self) -> None:
+        """Forget what the cache holds; see :class:`DecoderSession`."""
+        self._batch = 0
+
     def step(
         self,
         inputs_embeds: np.ndarray,

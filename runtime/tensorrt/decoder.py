@@ -92,6 +92,12 @@ class TensorRtDecoder:
             ) from error
         self._bind_held(self._prefill, self._held)
 
+    def clear(self) -> None:
+        """Forget what the cache holds; see :class:`DecoderSession`."""
+        self._batch = 0
+        self._steps.clear()
+        self._held = None
+
     def step(
         self,
         inputs_embeds: np.ndarray,

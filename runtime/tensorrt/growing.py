@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from llava_deploy.engines.contract import DecoderShape, past_name
-from llava_deploy.engines.errors import BackendError, ContractError, OptionError
+from llava_deploy.engines.errors import ContractError, OptionError
 from llava_deploy.engines.tensorrt_recipe import DECODE_PROFILE, PREFILL_PROFILE
 from llava_deploy.runtime.backend import Placement, step_positions
 from llava_deploy.runtime.cache_map import CacheMap
@@ -81,6 +80,10 @@ class GrowingDecoder:
         self._held.cache.empty()
         self._map = CacheMap(batch, self.max_len)
 
+    def clear(self) -> None:
+        """Forget what the cache holds; see :class:`DecoderSession`."""
+        self._map = None
+
     def step(
         self,
         inputs_embeds: np.ndarray,
@@ -92,12 +95,7 @@ class GrowingDecoder:
         if self._held is None or self._map is None:
             raise ContractError("decoder: want begin() before step()")
         check_step(inputs_embeds, self._map.batch, self._shape, self.max_seq)
-        try:
-            logits = self._run(self._held, self._map, (inputs_embeds, write_indices, last_index), pictures)
-        except BackendError:
-            with suppress(BackendError):
-                self._device.synchronize()  # what was queued before the failure still uses the buffers
-            raise
+        logits = self._run(self._held, self._map, (inputs_embeds, write_indices, last_index), pictures)
         self._map.written(write_indices, inputs_embeds.shape[1])
         self._held.cache.swap()
         return logits

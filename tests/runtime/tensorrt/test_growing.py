@@ -151,6 +151,27 @@ def test_no_room_for_more_rows(decoder: GrowingDecoder, embeddings: Embeddings, 
     assert np.isfinite(decoder.step(embeddings(1, 5), np.zeros(1, np.int64), np.array([4]))).all()
 
 
+def test_the_old_buffers_make_room_for_the_new(decoder: GrowingDecoder, fake_gpu: FakeGpu) -> None:
+    before = fake_gpu.memory.used
+    decoder.begin(1)
+    one_row = fake_gpu.memory.used - before
+    fake_gpu.memory.total = before + 2 * one_row + 1000
+    decoder.begin(2)
+
+
+def test_single_tokens_run_in_decodes_profile(
+    decoder: GrowingDecoder, embeddings: Embeddings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    for name in ("_prefill", "_decode"):
+        context = getattr(decoder, name)
+        monkeypatch.setattr(context, "run", lambda run=context.run, name=name: (runs.append(name), run()))
+    decoder.begin(1)
+    for at, seq in ((0, 1), (1, 5), (6, 1)):
+        decoder.step(embeddings(1, seq), np.array([at]), np.array([seq - 1]))
+    assert runs == ["_decode", "_prefill", "_decode"]
+
+
 def test_what_does_not_fit(
     decoder: GrowingDecoder, engines: list[Engine], embeddings: Embeddings, demo_bundle: Path
 ) -> None:

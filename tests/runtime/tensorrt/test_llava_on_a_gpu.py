@@ -240,6 +240,19 @@ def test_out_of_memory_fails_the_request_alone(
         assert joined(on_gpu.chat(messages, max_new_tokens=8))[:2] == want
 
 
+def test_values_that_overflowed_are_gone_with_their_request(
+    on_gpu: Llava, on_cpu: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the mask hides still meets a weight of 0, and 0 x NaN is NaN."""
+    embed = on_gpu.encoder.embed
+    for batch in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(on_gpu.encoder, "embed", lambda ids: embed(ids) * np.float32(np.nan))
+            with pytest.raises(BackendError, match="want finite values, found nan"):
+                on_gpu.generate(["a long question, " * 9] * batch)
+        both(on_gpu, on_cpu, lambda llava: llava.generate(["hello there"], max_new_tokens=6)[0].token_ids)
+
+
 def test_auto_takes_the_engine_and_falls_back_aloud(bundle: Path, add_engine: AddEngine, fake_gpu: FakeGpu) -> None:
     name = add_engine("in-place").name
     assert Llava.load(bundle).backend == f"TensorRT for RTX 1.7.1.116 on Fake GPU (sm89), engine {name}"
