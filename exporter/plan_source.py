@@ -72,6 +72,7 @@ def planned_config(
     tensors = [t for key, shape in shapes.items() for t in _stored(key, shape, bits, formats.get(key))]
     rope = (config.decoder.max_position_embeddings, config.decoder.head_dim // 2)
     decoder = [t for t in tensors if t.name.startswith(_DECODER) and t.name != EMBED_TOKENS]
+    tables = (TensorSize(f"language_model.{name}", rope, bits) for name in ("cos", "sin"))
     largest = max(shapes, key=lambda key: math.prod(shapes[key]))
     return PlannedModel(
         name=name,
@@ -79,7 +80,7 @@ def planned_config(
         vision=vision_shape(config, precision),
         decoder=decoder_shape(config, precision),
         vision_weights=GraphWeights(tuple(t for t in tensors if not t.name.startswith(_DECODER))),
-        decoder_weights=GraphWeights((*decoder, TensorSize("cos", rope, bits), TensorSize("sin", rope, bits))),
+        decoder_weights=GraphWeights((*decoder, *tables)),
         is_tied=tied,
         tower_heads=config.vision.num_attention_heads,
         source=SourceWeights(

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from llava_deploy.engines.names import Backend
+from llava_deploy.engines.names import Backend, CacheForm
 from llava_deploy.engines.planner.memory import Memory
 from llava_deploy.engines.planner.model import PlannedModel, Sizes
 from llava_deploy.engines.planner.onnxruntime_memory import onnxruntime_build_memory
 from llava_deploy.engines.planner.tensorrt_memory import tensorrt_build_memory
 
 
-def build_memory(model: PlannedModel, backend: Backend, sizes: Sizes) -> Memory:
+def build_memory(model: PlannedModel, backend: Backend, sizes: Sizes, cache: CacheForm = "in-place") -> Memory:
     """Peak of ``llava-deploy build``.
 
     Args:
         model: see :func:`~llava_deploy.engines.planner.model.planned_bundle`.
         backend: what is built for.
         sizes: see :meth:`Sizes.of`; they matter to TensorRT, which runs kernels as it builds.
+        cache: what the decoder does with its cache.
     """
     if backend == "onnxruntime":
         return onnxruntime_build_memory(model)
-    return tensorrt_build_memory(model, backend, sizes)
+    return tensorrt_build_memory(model, backend, sizes, cache)

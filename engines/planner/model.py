@@ -24,7 +24,7 @@ PREFILL_TOKENS = 1024
 
 _FLOAT_BITS = 16  # or more; quantised values have fewer
 _QUANTIZED_PARTS = ("_scale", "_zero_point", "_permutation")
-_TABLES = ("position_embedding.weight", "cos", "sin")
+_TABLES = ("position_embedding.weight", ".cos", ".sin")
 """Matrices that nothing is multiplied with."""
 
 

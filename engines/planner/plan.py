@@ -138,9 +138,7 @@ def _planned(stage: Stage, backend: Backend, model: PlannedModel, board: Board, 
         return StagePlan(stage, backend, None, False, refusal, None, None, None)
 
     def memory(at: Sizes) -> Memory:
-        if stage == "build":
-            return build_memory(model, backend, at)
-        return run_memory(model, backend, at, cache_form_of(backend, board))
+        return (build_memory if stage == "build" else run_memory)(model, backend, at, cache_form_of(backend, board))
 
     found = memory(sizes)
     fit = fits(found, board)

@@ -25,7 +25,7 @@ _SMALLEST_WORKSPACE = 32 * _MB
 """Assumed for layers whose kernels want one."""
 
 
-def tensorrt_build_memory(model: PlannedModel, backend: TensorRtBackend, sizes: Sizes) -> Memory:
+def tensorrt_build_memory(model: PlannedModel, backend: TensorRtBackend, sizes: Sizes, cache: CacheForm) -> Memory:
     """Peak of ``llava-deploy build`` for TensorRT: of the larger graph, built after the other one.
 
     The full TensorRT tries kernels on the GPU, with the graph's weights and the largest activations; TensorRT for RTX
@@ -42,8 +42,8 @@ def tensorrt_build_memory(model: PlannedModel, backend: TensorRtBackend, sizes: 
         return Memory(host)
     device = (
         Part("weights", "device", max(graphs)),
-        Part("KV cache", "device", _cache(model, sizes)),
-        Part("activations", "device", _activations(model, sizes)),
+        Part("KV cache", "device", _cache(model, sizes, cache)),
+        Part("activations", "device", _activations(model, sizes, cache) + _step_inputs(model, sizes)),
         Part("workspace", "device", _workspace(model)),
         Part("process", "device", _CONTEXT),
     )
@@ -51,17 +51,21 @@ def tensorrt_build_memory(model: PlannedModel, backend: TensorRtBackend, sizes: 
 
 
 def tensorrt_run_memory(model: PlannedModel, sizes: Sizes, cache: CacheForm) -> Memory:
-    """Peak of a run that fills its cache; a growing cache is in two buffers, which take turns."""
+    """Peak of a run that fills its cache."""
     weights = engine_bytes(model.vision_weights) + engine_bytes(model.decoder_weights) + _tied(model)
-    device = (
+    inputs = _step_inputs(model, sizes)
+    parts = (
         Part("weights", "device", weights),
-        Part("KV cache", "device", _cache(model, sizes) * (2 if cache == "growing" else 1)),
-        Part("activations", "device", _activations(model, sizes)),
+        Part("KV cache", "device", _cache(model, sizes, cache)),
+        Part("activations", "device", _activations(model, sizes, cache) + inputs),
         Part("workspace", "device", _workspace(model)),
         Part("image features", "device", FEATURES_KEPT * model.features_bytes),
         Part("process", "device", _CONTEXT),
+        _RUN,
+        Part("activations", "host", inputs),  # pinned, of the same layout
+        Part("weights", "mapped", model.embedding_bytes),
     )
-    return Memory((*device, _RUN, Part("weights", "mapped", model.embedding_bytes)))
+    return Memory(parts)
 
 
 def engine_bytes(weights: GraphWeights) -> int:
@@ -76,19 +80,36 @@ def _tied(model: PlannedModel) -> int:
     return model.embedding_bytes if model.is_tied else 0
 
 
-def _cache(model: PlannedModel, sizes: Sizes) -> int:
-    return sizes.max_batch * sizes.max_len * model.cache_bytes_per_slot
+def _cache(model: PlannedModel, sizes: Sizes, cache: CacheForm) -> int:
+    """A cache that grows is in two buffers, which take turns, and has a slot more."""
+    slots = sizes.max_len if cache == "in-place" else 2 * (sizes.max_len + 1)
+    return sizes.max_batch * slots * model.cache_bytes_per_slot
 
 
-def _activations(model: PlannedModel, sizes: Sizes) -> int:
-    """Of both engines, which keep theirs: the widest place of a layer, and the mask; attention is fused."""
+def _activations(model: PlannedModel, sizes: Sizes, cache: CacheForm) -> int:
+    """Of the hungrier engine, as both share one block: the widest place of a layer.
+
+    Releases whose caches grow have no operator for attention either: its scores are counted once, as float32.
+    """
     d, item = model.decoder, model.itemsize
     tokens = sizes.max_batch * sizes.max_seq
     mlp = 2 * d.hidden_size + 3 * model.intermediate_size  # residual and its norm; gate, up and their product
     attention = 2 * d.hidden_size + 2 * model.query_size
+    decoder = tokens * max(mlp, attention) * item
     hidden, inner = model.tower_sizes
-    tower = sizes.max_images * (model.vision.patches + 1) * (2 * hidden + 2 * inner) * item
-    return tower + tokens * max(mlp, attention) * item + tokens * sizes.max_len
+    seen = model.vision.patches + 1
+    tower = sizes.max_images * seen * (2 * hidden + 2 * inner) * item
+    if cache == "growing":
+        decoder += 4 * tokens * (model.query_size // d.head_dim) * sizes.max_len
+        tower += 4 * sizes.max_images * model.tower_heads * seen * seen
+    return max(decoder, tower)
+
+
+def _step_inputs(model: PlannedModel, sizes: Sizes) -> int:
+    """Embeddings and mask of the longest piece of a prompt, and logits."""
+    d = model.decoder
+    tokens = sizes.max_batch * sizes.max_seq
+    return tokens * (d.hidden_size * model.itemsize + sizes.max_len) + 4 * sizes.max_batch * d.vocab_size
 
 
 def _workspace(model: PlannedModel) -> int:
