@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from llava_deploy.engines.contract import DecoderShape, past_name, present_name
-from llava_deploy.engines.errors import BackendError, ContractError, OptionError
+from llava_deploy.engines.errors import ContractError, OptionError
 from llava_deploy.engines.tensorrt_recipe import DECODE_PROFILE, PREFILL_PROFILE
 from llava_deploy.runtime.backend import Placement, step_positions
 from llava_deploy.runtime.tensorrt.buffers import Arrays, Cache, Fields, Logits, Staging
@@ -109,16 +108,11 @@ class TensorRtDecoder:
         held = self._checked(inputs_embeds, write_indices)
         batch, seq, _ = inputs_embeds.shape
         total = int(write_indices.max()) + seq
-        try:
-            if seq > 1 or pictures:
-                return self._read(held, inputs_embeds, write_indices, last_index, pictures)
-            step = self._steps.get(batch, bucket(total, self._limits.max_len))
-            self._fill(step.arrays, inputs_embeds, write_indices, last_index)
-            logits = step.run()
-        except BackendError:
-            with suppress(BackendError):
-                self._device.synchronize()  # what was queued before the failure still uses the buffers
-            raise
+        if seq > 1 or pictures:
+            return self._read(held, inputs_embeds, write_indices, last_index, pictures)
+        step = self._steps.get(batch, bucket(total, self._limits.max_len))
+        self._fill(step.arrays, inputs_embeds, write_indices, last_index)
+        logits = step.run()
         if self._captures:
             self._captures = capture_or_warn(step)
         return logits
