@@ -92,12 +92,14 @@ MODELS: dict[str, Any] = {
             "num_key_value_heads": 4, "max_position_embeddings": 4096, "vocab_size": 32000,
         },
     ),
+    "7b-4-layers": lambda: llava_7b(4),
     "7b": lambda: llava_7b(32),
 }  # fmt: skip
 RUNS = {
     "demo": (Run(1, 1024, 1), Run(8, 512, 2)),
     "150m": (Run(1, 4096, 1), Run(4, 1024, 4)),
     "1b": (Run(1, 1024, 1), Run(2, 2048, 3)),
+    "7b-4-layers": (Run(1, 1024, 1),),
     "7b": (Run(1, 640, 1),),
 }
 
