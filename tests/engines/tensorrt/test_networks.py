@@ -116,8 +116,9 @@ def test_one_build_for_four_generations(family: str, stored: str, bundle_of: Mak
     assert {entry.path for entry in manifest.files} == {VISION_PLAN, DECODER_PLAN}
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize(("stored", "bits"), [("fp16", 16), ("int4 symmetric", 4.5), ("int4 asymmetric", 5.5)])
+@pytest.mark.parametrize(
+    ("stored", "bits", "rows"), [("fp16", 16, 1), ("int4 symmetric", 4.5, 2), ("int4 asymmetric", 5.5, 1)]
+)
 def test_weights_are_held_once_and_in_their_bits(
     stored: str, bits: float, rows: int, bundle_of: MakeBundle, tmp_path: Path
 ) -> None:
