@@ -10,8 +10,6 @@ from names import BackendUnderTest
 from outcome import NotRunError
 
 from llava_deploy.engines.engine_manifest import read_engine_manifest
-from llava_deploy.engines.errors import LlavaDeployError
-from llava_deploy.engines.manifest import read_manifest
 from llava_deploy.engines.tensorrt_module import import_tensorrt
 from llava_deploy.runtime import Llava
 
@@ -41,12 +39,11 @@ def build(bundle: str, backend: BackendUnderTest, limits: dict[str, int], capabi
         engine = build_onnxruntime(Path(bundle), replace=True)
     elif backend == "tensorrt" or backend == "tensorrt-rtx":
         from llava_deploy.engines.tensorrt.builder import build_tensorrt
-        from llava_deploy.engines.tensorrt.memory import require_memory
-        from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions, resolve_limits
+        from llava_deploy.engines.tensorrt.memory import BuildMemoryError
+        from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions
 
         if backend == "tensorrt-rtx" and capability is not None:
             require_capability(capability)
-        module = import_tensorrt(backend)
         capabilities = () if capability is None or backend == "tensorrt" else (capability,)
         options = TensorRtBuildOptions(
             backend=backend,
@@ -55,14 +52,10 @@ def build(bundle: str, backend: BackendUnderTest, limits: dict[str, int], capabi
             max_images=limits["max_images"],
             capabilities=capabilities,
         )
-        manifest = read_manifest(Path(bundle))
         try:
-            require_memory(
-                Path(bundle), manifest, module, resolve_limits(options, manifest), lambda _: None, enforce=True
-            )
-        except LlavaDeployError as error:
+            engine = build_tensorrt(Path(bundle), options, replace=True)
+        except BuildMemoryError as error:
             raise NotRunError(str(error)) from error
-        engine = build_tensorrt(Path(bundle), options, replace=True)
     else:
         raise NotRunError(f"{backend} runs the bundle's graphs, and needs no engine")
     built = read_engine_manifest(engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from llava_deploy.exporter.quantization.weight import QuantizedSource, Quantized
 
 GROUP_SIZE = 128
 STEP = 0.004  # of a quantised weight: its deviation is that of the drawn floats
-POOL = 1 << 22  # bytes
+POOL = (1 << 22) - 3  # bytes; no multiple of a row, so that rows differ
 
 
 def config_of(shape: ShapeName) -> LlavaConfig:
@@ -42,7 +43,10 @@ def config_of(shape: ShapeName) -> LlavaConfig:
 
 @dataclass(frozen=True)
 class DrawnNibbles(QuantizedSource):
-    """A weight in 4 bits, all values equally likely; zero points, where there are any, are 7, 8 or 9."""
+    """A weight in 4 bits whose values are 0 in the mean: were they not, 32 layers would add up to more than fp16 holds.
+
+    Symmetric values are -7 to 7; others 0 to 15, their zero points 7 or 8.
+    """
 
     method: ClassVar[QuantizationMethod] = "rtn"
     name: str
@@ -63,30 +67,26 @@ class DrawnNibbles(QuantizedSource):
         return math.prod(self.shape) // 2
 
     def read_quantized(self) -> QuantizedWeight:
-        """The weight; the same at every call."""
+        """The weight; the same at every call, another for every key."""
         out_features, in_features = self.shape
         groups = in_features // GROUP_SIZE
         scales = np.full((groups, out_features), STEP, np.float16)
-        zero_points = None if self.format.symmetric else _bytes_of(_zero_points(), groups, out_features // 2)
-        return QuantizedWeight(
-            self.format, _bytes_of(_pool(), in_features, out_features // 2), scales, zero_points, None
-        )
+        symmetric = self.format.symmetric
+        data = self._taken(_nibbles(-7 if symmetric else 0, 7 if symmetric else 15), in_features)
+        zero_points = None if symmetric else self._taken(_nibbles(7, 8), groups)
+        return QuantizedWeight(self.format, data, scales, zero_points, None)
+
+    def _taken(self, pool: np.ndarray, rows: int) -> np.ndarray:
+        """``[rows, out_features / 2]`` of the pool, over and over, from where the key says."""
+        return np.resize(np.roll(pool, zlib.crc32(self.key.encode()) % POOL), (rows, self.shape[0] // 2))
 
 
 @cache
-def _pool() -> np.ndarray:
-    return np.random.default_rng(1).integers(0, 256, POOL, np.uint8)
-
-
-@cache
-def _zero_points() -> np.ndarray:
-    low, high = np.random.default_rng(2).integers(7, 10, (2, POOL), np.uint8)
+def _nibbles(least: int, most: int) -> np.ndarray:
+    """Pairs of values in two's complement, all equally likely: uint8 ``[POOL]``."""
+    low, high = np.random.default_rng(1).integers(least, most + 1, (2, POOL), np.int8).view(np.uint8) & 15
     packed: np.ndarray = low | (high << 4)
     return packed
-
-
-def _bytes_of(pool: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    return np.resize(pool, (rows, columns))
 
 
 def drawn(shape: ShapeName, weights: Weights) -> Checkpoint:

@@ -15,6 +15,10 @@ from llava_deploy.engines.tensorrt_module import TensorRtModule
 from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 
 
+class BuildMemoryError(LlavaDeployError):
+    """A build is planned to take more memory than there is."""
+
+
 def require_memory(
     bundle: Path,
     manifest: Manifest,
@@ -27,7 +31,7 @@ def require_memory(
     """Hold the plan of a build against what this machine has; without ``enforce``, say what is missing, and go on.
 
     Raises:
-        LlavaDeployError: there is too little, on the host or on the GPU.
+        BuildMemoryError: there is too little, on the host or on the GPU.
     """
     model = planned_bundle(bundle, manifest)
     planned = build_memory(model, module.backend, Sizes.of(recipe.limits), recipe.cache)
@@ -40,5 +44,5 @@ def require_memory(
             continue
         problem = f"{bundle}: the build is planned to take {wanted:,} bytes of {where}, {free:,} are free"
         if enforce:
-            raise LlavaDeployError(f"{problem}; free some, build on a larger machine, or go on with --force")
+            raise BuildMemoryError(f"{problem}; free some, build on a larger machine, or go on with --force")
         on_warning(f"{problem}; going on")

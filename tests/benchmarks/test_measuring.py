@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llava_deploy.engines.manifest import read_manifest
+from llava_deploy.exporter.quantization.weight import WeightFormat
 from llava_deploy.exporter.weights import expected_tensors
 
 GpuCheck = Callable[[str], ModuleType]
@@ -88,6 +91,20 @@ def test_transformers_are_measured(gpu_check: GpuCheck, monkeypatch: pytest.Monk
         torch_speed.measure("tiny", "compiled", 120, 256, "cpu", None)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_drawn_weights_are_0_in_the_mean(gpu_check: GpuCheck, symmetric: bool) -> None:
+    """Of all, and of each output: else the layers' results would add up until fp16 overflows."""
+    form = WeightFormat(4, 128, symmetric=symmetric, permuted=False)
+    first, other = (
+        gpu_check("shapes").DrawnNibbles(key, key, (512, 4096), form).read_quantized().dequantized() for key in "ab"
+    )
+    assert first.std() == pytest.approx(0.0184, rel=0.1)
+    assert abs(first.mean()) < 0.01 * first.std()
+    assert np.abs(first.mean(axis=1)).max() < 5 * first.std() / math.sqrt(4096)
+    assert abs(np.corrcoef(first.ravel(), other.ravel())[0, 1]) < 0.01
+    assert abs(np.corrcoef(first[:, 0], first[:, 1])[0, 1]) < 0.2
+
+
 @pytest.mark.parametrize(("shape", "billions"), [("7b", 7.05), ("1b", 1.40)])
 def test_the_shapes_are_what_they_are_called(gpu_check: GpuCheck, shape: str, billions: float) -> None:
     config = gpu_check("shapes").config_of(shape)
@@ -132,3 +149,22 @@ def test_what_is_timed_runs_without_pytorch(gpu_check: GpuCheck, child_environme
         env={**child_environment, "PYTHONPATH": str(directory)},
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_build_without_the_memory_is_not_run(
+    gpu_check: GpuCheck, demo_bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava_deploy.engines.tensorrt.memory.available_memory", lambda: 1_000_000)
+    limits = gpu_check("parts").DEMO_LIMITS
+    with pytest.raises(gpu_check("outcome").NotRunError, match="is planned to take"):
+        gpu_check("backends").build(str(demo_bundles["fp16"]), "tensorrt-rtx", limits, "sm89")
+
+
+def test_an_engine_is_built_without_a_gpu(gpu_check: GpuCheck, demo_bundles: dict[str, Path], tmp_path: Path) -> None:
+    bundle = shutil.copytree(demo_bundles["fp16"], tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
+    limits = gpu_check("parts").DEMO_LIMITS
+    result = gpu_check("backends").build(str(bundle), "tensorrt-rtx", limits, "sm89")
+    assert result["engine"].endswith("-sm89")
+    assert result["engine_bytes"] == sum(
+        (bundle / "engines" / result["engine"] / name).stat().st_size for name in ("vision.plan", "decoder.plan")
+    )
