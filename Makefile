@@ -3,11 +3,14 @@
 #   make demo                        the whole way, on the tiny model that ships with the package
 #   make test                        lint, types and tests: what CI runs
 #   make test PYTHON=python3.12      with another Python
+#   make gpu-check                   on a machine with an NVIDIA GPU: everything that only it can say
 #   make demo PIP_FLAGS='…'          flags for pip: PyTorch's CPU index, say, where yours has only the CUDA build
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
+GPU_CHECK_OUT ?= gpu-check-output
+GPU_CHECK_FLAGS ?=
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) -c constraints.txt
@@ -15,7 +18,7 @@ set_up := $(bin)/python pyproject.toml constraints.txt
 packages := $(foreach room,engines runtime exporter,-p llava_deploy.$(room)) -m llava_deploy.cli
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types format clean
+.PHONY: help demo test lint types gpu-check format clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -35,6 +38,9 @@ types: $(VENV)/dev.stamp
 	@mkdir -p $(VENV)/typecheck && ln -sfn $(CURDIR) $(VENV)/typecheck/llava_deploy
 	cd $(VENV)/typecheck && $(abspath $(bin))/mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/.mypy_cache $(packages)
+
+gpu-check: $(VENV)/dev.stamp
+	$(bin)/python benchmarks/gpu_check/check.py $(GPU_CHECK_OUT) $(GPU_CHECK_FLAGS)
 
 format: $(VENV)/dev.stamp
 	$(bin)/ruff check --fix .

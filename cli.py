@@ -76,6 +76,7 @@ _source = options_as_one(
         "--conversation", metavar="NAME", help="Instead of its template: vicuna_v1, llama_2, mistral or plain."
     ),
 )
+_OF_CHECKPOINTS = tuple(field.name for field in dataclasses.fields(_Source) if field.name != "directory")
 _quantizing = options_as_one(
     "quantizing",
     QuantizeRequest,
@@ -115,7 +116,7 @@ def inspect(source: _Source, as_json: bool) -> None:
     from llava_deploy.runtime import terminal
 
     if (source.directory / MANIFEST_NAME).is_file():
-        refuse_given("of no effect on a bundle", "vision_tower", "projector", "lora", "quantized", "conversation")
+        refuse_given("of no effect on a bundle", *_OF_CHECKPOINTS)
         manifest = read_manifest(source.directory)
         terminal.show(dataclasses.asdict(manifest) if as_json else terminal.bundle_facts(source.directory, manifest))
         return
@@ -124,6 +125,56 @@ def inspect(source: _Source, as_json: bool) -> None:
 
     description = describe(source.open())
     terminal.show(description if as_json else checkpoint_table(description))
+
+
+@main.command(
+    epilog=examples("plan bundle --board orin-nano-8gb --max-len 2048", "plan llava-1.5-7b-hf --precision int4 --json")
+)
+@_source
+@click.option("--board", default="auto", show_default=True, metavar="NAME", help="A board or card; auto: this machine.")
+@click.option("--max-batch", type=int, default=1, show_default=True, help="Prompts at once.")
+@click.option("--max-len", type=int, help="Tokens of context; by default the model's positions.")
+@click.option("--max-images", type=int, help="Pictures in one run of the tower; as many as prompts.")
+@click.option("--precision", type=click.Choice(get_args(Precision)), help="Of a checkpoint's bundle; fp16 by default.")
+@click.option("--group-size", type=int, help="Of int4: inputs that share a scale; 128 by default.")
+@json_option
+def plan(
+    source: _Source,
+    board: str,
+    max_batch: int,
+    max_len: int | None,
+    max_images: int | None,
+    precision: Precision | None,
+    group_size: int | None,
+    as_json: bool,
+) -> None:
+    """Say whether a model fits a board before anything is made.
+
+    Peak memory of export, build and run with every backend, by what it is for and where it lies; the largest batch and
+    length that would fit; and the speed of decoding that the memory's bandwidth allows. No weight is read.
+    """
+    from llava_deploy.engines.manifest import MANIFEST_NAME, read_manifest
+    from llava_deploy.engines.planner.boards import find_board
+    from llava_deploy.engines.planner.machine import this_machine
+    from llava_deploy.engines.planner.plan import plan as make_plan
+    from llava_deploy.engines.planner.plan import resolve_sizes
+
+    target = this_machine() if board == "auto" else find_board(board)
+    if (source.directory / MANIFEST_NAME).is_file():
+        from llava_deploy.engines.planner.model import planned_bundle
+
+        refuse_given("of no effect on a bundle", *_OF_CHECKPOINTS, "precision", "group_size")
+        model = planned_bundle(source.directory, read_manifest(source.directory))
+    else:
+        from llava_deploy.exporter.plan_source import planned_checkpoint
+
+        quantizing = QuantizeRequest(group_size, symmetric=False, lm_head=None, calibration=None, device=None)
+        model = planned_checkpoint(source.open(), "fp16" if precision is None else precision, quantizing.options())
+    made = make_plan(model, target, resolve_sizes(model, max_batch, max_len, max_images)).to_dict()
+    from llava_deploy.runtime import terminal
+    from llava_deploy.runtime.terminal_plan import plan_tables
+
+    terminal.show(made if as_json else plan_tables(made))
 
 
 @main.command(epilog=examples("export llava-1.5-7b-hf -o bundle --precision fp16"))
@@ -344,9 +395,17 @@ def evaluate(
 @click.option("--prompt", default="What is in the picture?", show_default=True, help="The question about it.")
 @raw_option
 @click.option("--max-new-tokens", type=int, default=32, show_default=True, help="Tokens to compare.")
+@backend_option
 @json_option
 def verify(
-    source: _Source, bundle: Path, image: str | None, prompt: str, raw: bool, max_new_tokens: int, as_json: bool
+    source: _Source,
+    bundle: Path,
+    image: str | None,
+    prompt: str,
+    raw: bool,
+    max_new_tokens: int,
+    backend: BackendName,
+    as_json: bool,
 ) -> None:
     """Compare a bundle with PyTorch.
 
@@ -370,7 +429,9 @@ def verify(
         from llava_deploy.exporter.verify import verify as compare
 
         checkpoint = source.open()
-        report = compare(checkpoint, bundle, prompt=text, picture=picture, max_new_tokens=max_new_tokens)
+        report = compare(
+            checkpoint, bundle, prompt=text, picture=picture, max_new_tokens=max_new_tokens, backend=backend
+        )
     _say_unused(checkpoint)
     terminal.show(report.to_dict() if as_json else stage_table(report.stages))
     if report.first_failure is not None:

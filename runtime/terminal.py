@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.style import Style
 from rich.table import Table
@@ -37,10 +37,10 @@ def out() -> Console:
     return console
 
 
-def show(value: Table | Mapping[str, Any]) -> None:
-    """On standard output: a table for people, anything else as JSON."""
+def show(value: RenderableType | Mapping[str, Any]) -> None:
+    """On standard output: tables for people, a mapping as JSON."""
     console = out()
-    if not isinstance(value, Table):
+    if isinstance(value, Mapping):
         console.file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
     elif console.is_terminal:
         console.print(value, crop=False)

@@ -10,24 +10,18 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from llava_deploy.runtime.terminal import facts, out, size
+from llava_deploy.runtime.terminal import facts, size
 
 _PARTS = ("weights", "KV cache", "activations", "workspace", "image features", "process")
 _COLUMNS = ("weights", "KV cache", "activations", "workspace", "features", "process")
 
 
-def show_plan(plan: Mapping[str, Any]) -> None:
-    """Print what ``Plan.to_dict`` of the planner gives, on standard output.
-
-    A table of the stages, of which each has a line for every kind of memory that it takes: the GPU's, the host's,
-    files that are mapped; and what would fit at most.
-    """
-    console = out()
-    console.print(plan_tables(plan), crop=False)
-
-
 def plan_tables(plan: Mapping[str, Any]) -> Group:
-    """The two tables and the remarks."""
+    """What ``Plan.to_dict`` of the planner gives, as tables.
+
+    One of the stages, of which each has a line for every kind of memory that it takes: the GPU's, the host's, files
+    that are mapped; and one of what would fit at most.
+    """
     board, sizes = plan["board"], plan["sizes"]
     head = facts(
         f"Plan for {plan['model']} in {plan['precision']} on {board['title']}",

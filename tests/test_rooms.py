@@ -63,7 +63,7 @@ LLAVAS_OWN = ("exporter/reference/meta.py", "runtime/splice.py")
 """Raise NotImplementedError where LLaVA does: ``tune_mm_mlp_adapter`` with ``mm_use_im_start_end``."""
 
 LONGEST = 300
-LONGER = {"cli.py": 450}
+LONGER = {"cli.py": 500}
 """One declaration a command: splitting it would part the commands from the options that they share."""
 
 
