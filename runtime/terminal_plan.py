@@ -27,12 +27,17 @@ def plan_tables(plan: Mapping[str, Any]) -> Group:
         f"Plan for {plan['model']} in {plan['precision']} on {board['title']}",
         [
             ("memory", _memory_of(board)),
-            ("sizes", f"{sizes['max_batch']} x {sizes['max_len']} tokens, {sizes['max_images']} pictures at once"),
+            ("sizes", f"{sizes['max_batch']} x {sizes['max_len']} tokens, {_pictures(sizes['max_images'])} at once"),
             ("on the disk", f"{size(plan['bundle_bytes'])} for the bundle, as much again for each engine"),
             ("source", board["source"]),
+            ("figures", "the host's are fitted to measured peaks; a GPU's are estimates that no GPU was measured for"),
         ],
     )
     return Group(head, _memory_table(plan), _limits_table(plan))
+
+
+def _pictures(count: int) -> str:
+    return "one picture" if count == 1 else f"{count} pictures"
 
 
 def _memory_of(board: Mapping[str, Any]) -> str:
@@ -71,8 +76,8 @@ def _memory_table(plan: Mapping[str, Any]) -> Table:
 
 def _verdict(stage: Mapping[str, Any]) -> Text:
     words = {True: ("yes", "green"), False: ("no", "bold red"), None: ("", "")}[stage["fits"]]
-    note = f" {stage['note']}".rstrip() if stage["fits"] is not False else ""
-    return Text.assemble(words, (note, "dim"))
+    note = "" if stage["fits"] is False else stage["note"]
+    return Text(" ").join(Text(text, style) for text, style in (words, (note, "dim")) if text)
 
 
 def _limits_table(plan: Mapping[str, Any]) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from llava_deploy.engines.names import Precision
 from llava_deploy.engines.planner.memory import Memory, Part
 from llava_deploy.engines.planner.model import PlannedModel, SourceWeights
 
@@ -15,14 +16,20 @@ _ROWS = 128
 """Outputs of a weight that are rounded at once, in this many copies of float32:"""
 
 _ROUNDING_COPIES = 4.8
-_PROCESS = {"floats": (91 * _MB, 32 * _MB), "int4": (306 * _MB, 112 * _MB)}
-"""Anonymous and mapped; rounding brings PyTorch along."""
+_FLOATS = (91 * _MB, 32 * _MB)
+_PROCESS: dict[Precision, tuple[int, int]] = {
+    "fp32": _FLOATS,
+    "fp16": _FLOATS,
+    "int4": (306 * _MB, 112 * _MB),
+    "int4-awq": (325 * _MB, 128 * _MB),
+}
+"""Anonymous and mapped; rounding brings PyTorch along, and AWQ transformers too."""
 
 _LAYER = 170_000
 """Bytes of the graphs' own, for a layer of tower or decoder."""
 
 _AWQ_COPIES = 5
-"""Of a decoder layer in float32, while its scales are searched; ``docs/quantization.md``. Not measured anew."""
+"""Of a decoder layer in float32, while its scales are searched; as ``docs/quantization.md`` says."""
 
 
 def export_memory(model: PlannedModel) -> Memory:
@@ -33,10 +40,10 @@ def export_memory(model: PlannedModel) -> Memory:
     source = model.source
     if source is None:
         return Memory(())
-    anonymous, mapped = _PROCESS["int4" if model.precision.startswith("int4") else "floats"]
+    anonymous, mapped = _PROCESS[model.precision]
     work = max(_conversion(model, source), _rounding(model, source))
     if model.precision == "int4-awq":
-        work += _AWQ_COPIES * _layer_floats(model)
+        work = max(work, _AWQ_COPIES * _layer_floats(model))
     return Memory(
         (
             Part("process", "host", anonymous + _LAYER * (model.decoder.layers + model.tower_layers)),
