@@ -33,8 +33,8 @@ _SMALLEST_WORKSPACE = 32 * _MB
 def tensorrt_build_memory(model: PlannedModel, backend: TensorRtBackend, sizes: Sizes, cache: CacheForm) -> Memory:
     """Peak of ``llava-deploy build`` for TensorRT: of the larger graph, built after the other one.
 
-    The full TensorRT tries kernels on the GPU, layer by layer: with the graph's weights and the largest activations, but
-    no cache. TensorRT for RTX needs no GPU.
+    The full TensorRT tries kernels on the GPU, layer by layer: with the graph's weights and the largest activations,
+    but no cache. TensorRT for RTX needs no GPU.
     """
     graphs = (engine_bytes(model.vision_weights), engine_bytes(model.decoder_weights) + _tied(model))
     kernels = (
