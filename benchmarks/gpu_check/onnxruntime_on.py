@@ -112,6 +112,10 @@ class YardstickDecoder:
         self._binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(self._logits))
         self._batch = batch
 
+    def clear(self) -> None:
+        """Forget what the cache holds."""
+        self._batch = 0
+
     def step(
         self,
         inputs_embeds: np.ndarray,
