@@ -24,7 +24,7 @@ class TensorRtChoice:
     Attributes:
         device: the GPU.
         module: what deserialises it.
-        directory: of the engine, whose files were checked.
+        directory: of the engine, whose plans were not touched.
         recipe: what it was built for.
         max_len: slots of the cache that are used of those that it was built for.
         reason: the sentence.

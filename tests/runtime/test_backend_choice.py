@@ -208,6 +208,7 @@ def test_every_backend_that_does_not_run_is_named(
     add_engine("tensorrt-rtx")
     add_engine("tensorrt")
     fail(monkeypatch, "Device", "no driver here")
+    monkeypatch.setattr(backend_choice, "_GPU_FILES", (bundle,))  # which is then no news
     ending = "; not TensorRT: no driver here; not TensorRT for RTX: no driver here"
     assert chosen(bundle).reason.endswith(ending)
 

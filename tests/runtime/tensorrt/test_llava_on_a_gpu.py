@@ -183,7 +183,7 @@ def test_the_towers_time_is_the_gpus(
     picture, question = scenes[0]
     first, again = (on_gpu.generate([QUESTION.format(question)], [[picture]])[0].timings for _ in range(2))
     assert first.vision == pytest.approx(0.25)
-    assert first.prefill >= 0
+    assert first.prefill == 0  # it was not as long as what the tower is said to have taken
     assert again.vision == 0
     assert again.prefill > 0
     assert len(ended) == 1
