@@ -24,6 +24,7 @@ from typing import Any
 from int4_streaming import VISION_L, llava, llava_7b, write_checkpoint
 from measuring import circumstances, save
 
+from llava_deploy.engines.tensorrt_module import import_tensorrt
 from llava_deploy.exporter.checkpoint import open_checkpoint
 from llava_deploy.exporter.demo.scenes import checkpoint_dir
 
@@ -85,6 +86,13 @@ MODELS: dict[str, Any] = {
             "num_key_value_heads": 4, "max_position_embeddings": 4096, "vocab_size": 32000,
         },
     ),
+    "400m": lambda: llava(
+        dict(CLIP_B, image_size=224, patch_size=16),
+        {
+            "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 16,
+            "num_key_value_heads": 16, "max_position_embeddings": 2048, "vocab_size": 32000,
+        },
+    ),
     "1b": lambda: llava(
         dict(VISION_L, image_size=336, patch_size=14),
         {
@@ -98,6 +106,7 @@ MODELS: dict[str, Any] = {
 RUNS = {
     "demo": (Run(1, 1024, 1), Run(8, 512, 2)),
     "150m": (Run(1, 4096, 1), Run(4, 1024, 4)),
+    "400m": (Run(1, 1024, 2),),
     "1b": (Run(1, 1024, 1), Run(2, 2048, 3)),
     "7b-4-layers": (Run(1, 1024, 1),),
     "7b": (Run(1, 640, 1),),
@@ -177,7 +186,12 @@ def main() -> None:
     result: dict[str, Any] = {"models": {}, "peaks": []}
     if options.output.exists():
         result = json.loads(options.output.read_text(encoding="utf-8"))
-    result = {**circumstances(), "models": result["models"], "peaks": result["peaks"]}
+    result = {
+        **circumstances(),
+        "tensorrt_rtx": import_tensorrt("tensorrt-rtx").version,
+        "models": result["models"],
+        "peaks": result["peaks"],
+    }
     for model in options.models:
         checkpoint = checkpoint_dir() if MODELS[model] is None else options.directory / model
         if not checkpoint.exists():

@@ -1,0 +1,60 @@
+"""The estimates beside the peaks that were measured, all of those that are kept."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_deploy.engines.manifest import from_plain
+from llava_deploy.engines.names import HeadPrecision, Precision
+from llava_deploy.engines.planner.build import build_memory
+from llava_deploy.engines.planner.export import export_memory
+from llava_deploy.engines.planner.memory import Memory
+from llava_deploy.engines.planner.model import PlannedModel, Sizes
+from llava_deploy.engines.planner.run import run_memory
+from llava_deploy.exporter.config import LlavaConfig
+from llava_deploy.exporter.plan_source import planned_config
+from llava_deploy.exporter.quantization.request import QuantizeOptions
+
+RESULTS = json.loads((Path(__file__).parents[3] / "benchmarks/results/planner_peaks.json").read_text(encoding="utf-8"))
+WITHIN = 0.15
+
+
+def model(entry: dict[str, Any]) -> PlannedModel:
+    config = from_plain(LlavaConfig, RESULTS["models"][entry["model"]], entry["model"])
+    name, _, variant = entry["precision"].partition("-")
+    precision: Precision = "int4-awq" if variant == "awq" else name
+    head: HeadPrecision = "int8" if variant == "head" else "fp16"
+    return planned_config(config, entry["model"], precision, QuantizeOptions(128, variant == "symmetric", head), {})
+
+
+def estimate(entry: dict[str, Any]) -> Memory:
+    stage, _, backend = entry["stage"].partition(" ")
+    if stage == "export":
+        return export_memory(model(entry))
+    if stage == "build":
+        return build_memory(model(entry), backend, Sizes.of_run(1, 1, 1))
+    sizes = Sizes.of_run(entry["batch"], entry["length"], entry["pictures"])
+    return run_memory(model(entry), backend, sizes, "in-place")
+
+
+def title(entry: dict[str, Any]) -> str:
+    sizes = "x".join(str(entry[key]) for key in ("batch", "length", "pictures", "targets") if key in entry)
+    return f"{entry['stage']} {entry['model']} {entry['precision']} {sizes}".strip()
+
+
+@pytest.mark.parametrize("entry", RESULTS["peaks"], ids=title)
+def test_an_estimate_is_within_15_percent_of_the_peak(entry: dict[str, Any]) -> None:
+    memory = estimate(entry)
+    assert memory.anonymous == pytest.approx(entry["anonymous"], rel=WITHIN)
+    assert memory.mapped == pytest.approx(entry["mapped"], rel=WITHIN)
+
+
+def test_several_models_were_measured_at_every_stage() -> None:
+    models = Counter(stage for stage, _ in {(e["stage"], e["model"]) for e in RESULTS["peaks"]})
+    assert set(models) == {"export", "build onnxruntime", "run onnxruntime", "build tensorrt-rtx"}
+    assert min(models.values()) >= 3  # of 3 M to 1 G parameters
