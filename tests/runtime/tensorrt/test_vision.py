@@ -85,9 +85,9 @@ def test_after_a_failure_the_next_call_works(
     assert failed >= 1
 
 
-@pytest.mark.parametrize("version", ["10.3.0", "11.4.0.106"])
+@pytest.mark.parametrize(("version", "units"), [("10.3.0", 2), ("11.4.0.106", 0)])
 def test_half_floats_and_old_releases(
-    version: str, fake_gpu: FakeGpu, demo_bundle_fp16: Path, tmp_path: Path, load: Any
+    version: str, units: int, fake_gpu: FakeGpu, demo_bundle_fp16: Path, tmp_path: Path, load: Any
 ) -> None:
     from llava_deploy.engines.manifest import VISION_GRAPH, read_manifest
     from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeOptions
@@ -100,7 +100,9 @@ def test_half_floats_and_old_releases(
     (first, second) = TensorRtVision(engine, shape).encode(pixels)
     theirs = OnnxRuntimeVision(demo_bundle_fp16 / VISION_GRAPH, shape, OnnxRuntimeOptions(1, None)).encode(pixels)
     assert second.dtype == np.float16
-    np.testing.assert_array_equal([first.numpy(), second.numpy()], theirs)
+    # In the dialect of 10.3 an attention is several operators, and each rounds: in units of the greatest value's last.
+    atol = units * float(np.spacing(np.abs(theirs).max()))
+    np.testing.assert_allclose([first.numpy(), second.numpy()], theirs, rtol=0, atol=atol)
 
 
 def test_a_failure_on_the_gpu_comes_when_somebody_waits(sessions: Any, fake_gpu: FakeGpu, pictures: Any) -> None:
