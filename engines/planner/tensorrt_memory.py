@@ -13,10 +13,10 @@ from llava_deploy.engines.tensorrt_module import TensorRtBackend
 
 _MB = 10**6
 _BUILD = 235 * _MB
-_LAYER = {True: 28 * _MB, False: 13_600_000}
-"""What compiling a layer's kernels leaves until the build is over, by whether its weights are quantised."""
+_LAYER = {"int4": 26 * _MB, "floats": 13_600_000}
+"""What compiling a layer's kernels leaves until the build is over."""
 
-_COPIES = 1.6
+_COPIES = {"int4": 1.85, "floats": 1.6}
 """How often a graph's weights are there at the peak, in anonymous memory; the file that they come from is mapped."""
 
 _LIBRARIES = Part("process", "mapped", 116 * _MB)
@@ -31,20 +31,20 @@ _SMALLEST_WORKSPACE = 32 * _MB
 
 
 def tensorrt_build_memory(model: PlannedModel, backend: TensorRtBackend, sizes: Sizes, cache: CacheForm) -> Memory:
-    """Peak of ``llava-deploy build`` for TensorRT: of the larger graph, built after the other one.
+    """Peak of ``llava-deploy build`` for TensorRT: of the larger graph; they are built one after the other.
 
     The full TensorRT tries kernels on the GPU, layer by layer: with the graph's weights and the largest activations,
-    but no cache. TensorRT for RTX needs no GPU.
+    but no cache. TensorRT for RTX needs no GPU. What is mapped is the larger graph's weights; of int4 models the other
+    graph's were seen beside them.
     """
     graphs = (engine_bytes(model.vision_weights), engine_bytes(model.decoder_weights) + _tied(model))
-    kernels = (
-        _LAYER[False] * model.tower_layers,
-        _LAYER[bool(model.decoder_weights.quantized)] * model.decoder.layers,
-    )
-    weights, compiled = max(zip(graphs, kernels, strict=True), key=lambda graph: _COPIES * graph[0] + graph[1])
+    form = "int4" if model.decoder_weights.quantized else "floats"
+    decoder = (int(_COPIES[form] * graphs[1]), _LAYER[form] * model.decoder.layers)
+    tower = (int(_COPIES["floats"] * graphs[0]), _LAYER["floats"] * model.tower_layers)
+    weights, kernels = max(decoder, tower, key=sum)
     host = (
-        Part("weights", "host", int(_COPIES * weights)),
-        Part("process", "host", _BUILD + compiled),
+        Part("weights", "host", weights),
+        Part("process", "host", _BUILD + kernels),
         Part("weights", "mapped", max(graphs)),
         _LIBRARIES,
     )
