@@ -44,6 +44,7 @@ from llava_deploy.engines.tensorrt.checks import (
     with_sizes,
 )
 from llava_deploy.engines.tensorrt.constructs import OLDEST, Release, cache_form, parse_release, release_of
+from llava_deploy.engines.tensorrt.heap import give_back_freed_memory, trim_heap
 from llava_deploy.engines.tensorrt.memory import require_memory
 from llava_deploy.engines.tensorrt.messages import Messages
 from llava_deploy.engines.tensorrt.network import parse_network, title
@@ -152,6 +153,7 @@ def build_tensorrt(
     require_space(bundle, _space(manifest))
     require_memory(bundle, manifest, module, recipe, on_warning, enforce=not options.skip_memory_check)
     build = _Build(bundle, manifest, module, release, recipe, options.timing_cache, on_progress, on_warning)
+    give_back_freed_memory()
     try:
         with staged_directory(output, replace=True) as staging:
             files = tuple(_build_graph(build, graph, staging) for graph in _graphs(build))
@@ -208,6 +210,7 @@ def _build_graph(build: _Build, graph: _Graph, staging: Path) -> str:
     path, expected = _lower(build, graph, lowered)
     build.on_progress(BuildProgress(graph.spec.name, "Parsing the graph", graph.begins, _WHOLE))
     _parse_and_serialize(build, graph, path, expected, staging / graph.plan)
+    trim_heap()
     shutil.rmtree(lowered)
     return graph.plan
 
