@@ -1,14 +1,24 @@
-"""TensorRT's Python module, imported when it is wanted: the full one, or TensorRT for RTX. They share one API."""
+"""TensorRT's Python modules and CUDA's, imported when they are wanted, and what both rooms call their things.
+
+The full TensorRT and TensorRT for RTX share one API.
+"""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from llava_deploy.engines.errors import BackendError
 
 TensorRtBackend = Literal["tensorrt", "tensorrt-rtx"]
+
+SPOKEN: Mapping[TensorRtBackend, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
+"""What people call them."""
+
+DTYPES: Mapping[str, str] = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "bool": "BOOL"}
+"""TensorRT's name of each dtype that a graph's inputs and outputs have."""
 
 
 @dataclass(frozen=True)
@@ -49,3 +59,18 @@ def import_tensorrt(backend: TensorRtBackend) -> TensorRtModule:
             f"{name} cannot be imported ({error}); install it with: pip install 'llava-deploy[{extra}]'"
         ) from error
     return TensorRtModule(backend, api, str(api.__version__))
+
+
+def import_cuda() -> Any:
+    """Import CUDA's runtime interface, of cuda-python.
+
+    Raises:
+        BackendError: it is not installed, or cannot be loaded.
+    """
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except Exception as error:  # its loader raises what it likes where a library is missing
+        raise BackendError(
+            f"cuda-python cannot be imported ({error}); it comes with: pip install 'llava-deploy[rtx]' or "
+            "'llava-deploy[tensorrt]'"
+        ) from error

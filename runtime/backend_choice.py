@@ -12,10 +12,10 @@ from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH
 from llava_deploy.engines.names import AccuracyLevel, Backend
-from llava_deploy.engines.tensorrt_module import TensorRtBackend
+from llava_deploy.engines.tensorrt_module import SPOKEN, TensorRtBackend
 from llava_deploy.runtime.bundle import Bundle
 from llava_deploy.runtime.onnxruntime_backend import onnxruntime_version
-from llava_deploy.runtime.tensorrt_choice import TensorRtChoice, choose_tensorrt, engine_directories, spoken
+from llava_deploy.runtime.tensorrt_choice import TensorRtChoice, choose_tensorrt, engine_directories
 
 BackendName: TypeAlias = "Backend | Literal['auto']"
 """What may be asked for; ``auto`` takes the best that there is."""
@@ -71,7 +71,7 @@ def choose(bundle: Bundle, wanted: Wanted, integrity: Integrity) -> OnnxRuntimeC
     others = _of_onnxruntime_alone(wanted)
     if wanted.backend != "auto":
         if others is not None:
-            raise OptionError(others, f"only ONNX Runtime has it; leave it out for {spoken(wanted.backend)}")
+            raise OptionError(others, f"only ONNX Runtime has it; leave it out for {SPOKEN[wanted.backend]}")
         return choose_tensorrt(bundle, wanted.backend, wanted.max_len)
     refusals = []
     for backend in get_args(TensorRtBackend):
@@ -82,7 +82,7 @@ def choose(bundle: Bundle, wanted: Wanted, integrity: Integrity) -> OnnxRuntimeC
                 raise OptionError(others, "only ONNX Runtime has it")
             return choose_tensorrt(bundle, backend, wanted.max_len)
         except (BackendError, OptionError) as error:
-            refusals.append(f"not {spoken(backend)}: {error}")
+            refusals.append(f"not {SPOKEN[backend]}: {error}")
     return fall_back(bundle, wanted, integrity, refusals)
 
 

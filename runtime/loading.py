@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from llava_deploy.engines.engine_manifest import DECODER_PLAN, VISION_PLAN
 from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.engines.integrity import Integrity
+from llava_deploy.engines.tensorrt_module import SPOKEN
 from llava_deploy.runtime.backend import DecoderSession, VisionSession
 from llava_deploy.runtime.backend_choice import OnnxRuntimeChoice, Wanted, choose, fall_back
 from llava_deploy.runtime.bundle import Bundle
 from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeDecoder, OnnxRuntimeOptions, OnnxRuntimeVision
-from llava_deploy.runtime.tensorrt_choice import TensorRtChoice, spoken
+from llava_deploy.runtime.tensorrt_choice import TensorRtChoice
 
 DEFAULT_MAX_LEN = 4096
 """Slots of ONNX Runtime's cache, where the model allows as many and the caller does not say."""
@@ -44,7 +45,7 @@ def open_sessions(bundle: Bundle, wanted: Wanted, integrity: Integrity) -> Sessi
         except BackendError as error:  # no memory on the GPU, say
             if wanted.backend != "auto":
                 raise
-            choice = fall_back(bundle, wanted, integrity, [f"not {spoken(choice.module.backend)}: {error}"])
+            choice = fall_back(bundle, wanted, integrity, [f"not {SPOKEN[choice.module.backend]}: {error}"])
     return _open_onnxruntime(bundle, choice, wanted)
 
 

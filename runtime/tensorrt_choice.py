@@ -8,13 +8,11 @@ from pathlib import Path
 
 from llava_deploy.engines.engine_manifest import ENGINES, read_engine_manifest, source_digest
 from llava_deploy.engines.errors import BackendError, OptionError
-from llava_deploy.engines.tensorrt_module import TensorRtBackend, TensorRtModule, import_tensorrt
+from llava_deploy.engines.tensorrt_module import SPOKEN, TensorRtBackend, TensorRtModule, import_tensorrt
 from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 from llava_deploy.runtime.bundle import Bundle
 from llava_deploy.runtime.tensorrt.cuda import Device
 from llava_deploy.runtime.tensorrt.engine import fits_version
-
-_SPOKEN = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,6 @@ class TensorRtChoice:
     recipe: TensorRtRecipe
     max_len: int
     reason: str
-
-
-def spoken(backend: TensorRtBackend) -> str:
-    """Its name in sentences."""
-    return _SPOKEN[backend]
 
 
 def engine_directories(bundle: Bundle, backend: TensorRtBackend) -> list[Path]:
@@ -68,7 +61,7 @@ def choose_tensorrt(bundle: Bundle, backend: TensorRtBackend, max_len: int | Non
     build = f"llava-deploy build {bundle.directory} --backend {backend}"
     directories = engine_directories(bundle, backend)
     if not directories:
-        raise BackendError(f"{bundle.directory}: no engine of {spoken(backend)}; build one with: {build}")
+        raise BackendError(f"{bundle.directory}: no engine of {SPOKEN[backend]}; build one with: {build}")
     device = Device()
     module = import_tensorrt(backend)
     source = source_digest(bundle.manifest)
@@ -81,7 +74,7 @@ def choose_tensorrt(bundle: Bundle, backend: TensorRtBackend, max_len: int | Non
         elif recipe is None or key.backend != backend:
             reason = f"for {key.backend}"
         elif not fits_version(key.version, recipe, module.version):
-            reason = f"with {spoken(backend)} {key.version}, and {module.version} is installed"
+            reason = f"with {SPOKEN[backend]} {key.version}, and {module.version} is installed"
         elif device.capability not in recipe.capabilities:
             reason = f"for {', '.join(recipe.capabilities)}, and the GPU is {device.capability} ({device.name})"
         else:
@@ -98,5 +91,5 @@ def _chosen(
         reason = f"engine {directory.name} was built for {most}, got {max_len}; build another with: {build}"
         raise OptionError("max_len", f"{reason} --max-len {max_len}")
     gpu = f"{device.name} ({device.capability})"
-    reason = f"{spoken(module.backend)} {module.version} on {gpu}, engine {directory.name}"
+    reason = f"{SPOKEN[module.backend]} {module.version} on {gpu}, engine {directory.name}"
     return TensorRtChoice(device, module, directory, recipe, most if max_len is None else max_len, reason)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions, normal_capability
-from llava_deploy.engines.tensorrt_module import TensorRtBackend, TensorRtModule
+from llava_deploy.engines.tensorrt_module import TensorRtBackend, TensorRtModule, import_cuda
 from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 
 _ALWAYS_STRONGLY_TYPED: Mapping[TensorRtBackend, tuple[int, int]] = {"tensorrt": (11, 0), "tensorrt-rtx": (1, 7)}
@@ -124,7 +123,7 @@ def current_capability() -> str:
     Raises:
         BackendError: there is none, or no driver, or no cuda-python.
     """
-    cudart = _cuda()
+    cudart = import_cuda()
     attributes = cudart.cudaDeviceAttr
     numbers = []
     for which in (attributes.cudaDevAttrComputeCapabilityMajor, attributes.cudaDevAttrComputeCapabilityMinor):
@@ -138,20 +137,10 @@ def current_capability() -> str:
 def free_device_memory() -> int | None:
     """Bytes that are free on the first GPU; ``None`` where there is none to ask."""
     try:
-        error, free, _ = _cuda().cudaMemGetInfo()
+        error, free, _ = import_cuda().cudaMemGetInfo()
     except BackendError:
         return None
     return int(free) if int(error) == 0 else None
-
-
-def _cuda() -> Any:
-    """CUDA's runtime interface, of cuda-python."""
-    try:
-        return importlib.import_module("cuda.bindings.runtime")
-    except ImportError as error:
-        raise BackendError(
-            f"cuda-python cannot be imported ({error}); install it with: pip install 'llava-deploy[rtx]'"
-        ) from error
 
 
 def serialize(module: TensorRtModule, builder: Any, network: Any, config: Any, path: Path) -> bool:

@@ -17,8 +17,8 @@ from llava_deploy.engines.contract import DecoderShape, GraphSpec, TensorSpec, p
 from llava_deploy.engines.errors import BackendError
 from llava_deploy.engines.manifest import QuantizationRecipe
 from llava_deploy.engines.names import CacheForm
+from llava_deploy.engines.tensorrt_module import DTYPES
 
-_DTYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "bool": "BOOL"}
 _PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "ATTENTION_INPUT")
 _OPERANDS = 2  # of a product; what an attention takes beside queries and keys has the same dtype
 _MASK = 3  # ATTENTION_INPUT's inputs are queries, keys, values, mask
@@ -94,7 +94,7 @@ def check_network(api: Any, network: Any, spec: GraphSpec, expected: ExpectedLay
         *_differing_counts(layers, expected),
         *_wrong_caches(layers, expected),
         *_wrong_masks(layers, expected),
-        *_wrong_products(layers, _DTYPES[spec.inputs[0].dtype]),
+        *_wrong_products(layers, DTYPES[spec.inputs[0].dtype]),
     ]
     if found:
         more = "" if len(found) <= _SAID else f"; and {len(found) - _SAID} more"
@@ -117,7 +117,7 @@ def _differing_bindings(api: Any, network: Any, spec: GraphSpec) -> Iterator[str
             value = values[tensor.name]
             shape = _named_shape(value) if kind == "input" else tuple(value.shape)
             want = tuple(-1 if isinstance(size, str) and kind == "output" else size for size in tensor.shape)
-            if value.dtype != getattr(api.DataType, _DTYPES[tensor.dtype]) or shape != want:
+            if value.dtype != getattr(api.DataType, DTYPES[tensor.dtype]) or shape != want:
                 yield f"{kind} {tensor.name!r} is {value.dtype.name}{list(shape)}, want {tensor}"
 
 

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from llava_deploy.engines.errors import OptionError
 from llava_deploy.engines.names import CacheForm
-from llava_deploy.engines.tensorrt_module import TensorRtBackend, TensorRtModule
+from llava_deploy.engines.tensorrt_module import SPOKEN, TensorRtBackend, TensorRtModule
 
 ConstructName = Literal[
     "strongly typed network",
@@ -29,8 +29,7 @@ ConstructName = Literal[
     "TensorScatter",
 ]
 
-_NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
-_NUMBER = re.compile(r"(\d{1,4})\.(\d{1,4})(\.\d+)*")
+_NUMBER = re.compile(r"(\d{1,4})\.(\d{1,4})(\.\d+)*", re.ASCII)
 _CHANGELOG = "changelog of the ONNX parser (onnx-tensorrt, docs/Changelog.md)"
 _OPERATORS = "operators list of the ONNX parser (onnx-tensorrt, docs/operators.md)"
 _HERE = "parsed and built here with TensorRT for RTX 1.7.1.116"
@@ -46,7 +45,7 @@ class Release:
     minor: int
 
     def __str__(self) -> str:
-        return f"{_NAMES[self.backend]} {self.major}.{self.minor}"
+        return f"{SPOKEN[self.backend]} {self.major}.{self.minor}"
 
     @property
     def number(self) -> tuple[int, int]:
@@ -109,7 +108,7 @@ def parse_release(text: str, backend: TensorRtBackend = "tensorrt") -> Release:
     """
     match = _NUMBER.fullmatch(text.strip())
     oldest = OLDEST[backend]
-    wanted = f"want a release of {_NAMES[backend]} from {oldest.major}.{oldest.minor} on, as in 10.3"
+    wanted = f"want a release of {SPOKEN[backend]} from {oldest.major}.{oldest.minor} on, as in 10.3"
     if match is None:
         raise OptionError("trt_version", f"{wanted}, got {text!r:.60}")
     release = Release(backend, int(match[1]), int(match[2]))

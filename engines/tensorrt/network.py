@@ -11,10 +11,9 @@ from llava_deploy.engines.errors import BackendError
 from llava_deploy.engines.tensorrt.adapter import network_flags
 from llava_deploy.engines.tensorrt.constructs import construct_of, explain
 from llava_deploy.engines.tensorrt.messages import Messages, make_logger, one_line
-from llava_deploy.engines.tensorrt_module import TensorRtModule
+from llava_deploy.engines.tensorrt_module import SPOKEN, TensorRtModule
 
 _WEIGHT = re.compile(r"Failed to import initializer: (\S+)$")
-_NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def parse_network(module: TensorRtModule, path: Path, messages: Messages) -> Par
 
 def title(module: TensorRtModule) -> str:
     """The module for people, with its version."""
-    return f"{_NAMES[module.backend]} {module.version}"
+    return f"{SPOKEN[module.backend]} {module.version}"
 
 
 def module_path(node_name: str) -> str:

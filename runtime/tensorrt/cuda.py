@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llava_deploy.engines.errors import BackendError
+from llava_deploy.engines.tensorrt_module import import_cuda
 
 ALIGNMENT = 256
 """Bytes: TensorRT wants the addresses of tensors to be multiples of it."""
@@ -49,7 +49,7 @@ class Device:
         Raises:
             BackendError: cuda-python is not installed, or there is no driver, one that is too old, or no GPU.
         """
-        self._api = _import()
+        self._api = import_cuda()
         self._capturing = False
         self._late: list[tuple[str, Any]] = []
         self.call("cudaSetDevice", 0)
@@ -151,9 +151,9 @@ class Device:
             BackendError: it cannot be captured; the stream can be used as before.
         """
         api = self._api
-        self.call("cudaStreamBeginCapture", self.stream, api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
-        self._capturing = True
+        self._capturing = True  # first: Python may free something at any time
         try:
+            self.call("cudaStreamBeginCapture", self.stream, api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
             work()
         except BaseException:
             self._end_failed_capture()
@@ -285,13 +285,3 @@ def _quietly(function: Callable[[Any], Any], handle: Any) -> None:
     """Free something; there is nobody to tell of an error, and after a broken GPU nothing can be freed."""
     with suppress(Exception):
         function(handle)
-
-
-def _import() -> Any:
-    try:
-        return importlib.import_module("cuda.bindings.runtime")
-    except Exception as error:  # its loader raises what it likes where a library is missing
-        raise BackendError(
-            f"cuda-python cannot be imported ({error}); it comes with: pip install 'llava-deploy[rtx]' or "
-            "'llava-deploy[tensorrt]'"
-        ) from error

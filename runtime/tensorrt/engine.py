@@ -15,12 +15,11 @@ from llava_deploy.engines.contract import GraphSpec
 from llava_deploy.engines.engine_manifest import EngineManifest, read_engine_manifest
 from llava_deploy.engines.errors import BackendError, BundleError
 from llava_deploy.engines.manifest import FileEntry
-from llava_deploy.engines.tensorrt_module import TensorRtModule
+from llava_deploy.engines.tensorrt_module import DTYPES, TensorRtModule
 from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 from llava_deploy.runtime.tensorrt.cuda import Device, DeviceMemory, DeviceMemoryError
 
 _CHUNK = 64 << 20  # bytes hashed at a time
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "BOOL": "bool"}
 
 
 class Replay(Enum):
@@ -134,7 +133,7 @@ class Engine:
             fits = len(shape) == len(tensor.shape) and all(
                 isinstance(want, str) or want == got for want, got in zip(tensor.shape, shape, strict=True)
             )
-            if not fits or _DTYPES.get(found[key]) != tensor.dtype:
+            if not fits or found[key] != DTYPES[tensor.dtype]:
                 raise BackendError(
                     f"{self.name}: not of this model: want {tensor} for {tensor.name}, found {found[key]}{list(shape)}"
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -107,6 +107,25 @@ def test_what_goes_while_a_capture_is_on_is_freed_after_it(fake_gpu: FakeGpu) ->
     graph.launch()
     del graph
     assert fake_gpu.live() == {"Stream": 1}
+
+
+def test_what_goes_just_as_a_capture_begins_is_freed_after_it(
+    fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when Python collects garbage between CUDA's answer and the first work."""
+    device = Device()
+    blocks, call = [device.allocate(8, "a test")], device.call
+
+    def collecting(name: str, *arguments: Any) -> Any:
+        result = call(name, *arguments)
+        if name == "cudaStreamBeginCapture":
+            blocks.clear()
+        return result
+
+    monkeypatch.setattr(device, "call", collecting)
+    graph = device.capture(lambda: None)
+    assert fake_gpu.live() == {"Stream": 1, "Graph": 1}
+    graph.launch()
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(fake_gpu: FakeGpu) -> None:
