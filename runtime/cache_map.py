@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava_deploy.engines.errors import BackendError
+from llava_deploy.runtime.backend import step_positions
 
 _NOWHERE = np.iinfo(np.int64).max
 """Slot of a place that no token may look at: greater than every position."""
@@ -96,7 +97,7 @@ class CacheMap:
 
     def mask(self, write_indices: np.ndarray, seq: int) -> np.ndarray:
         """Bool ``[batch, 1, seq, past_len + seq]``: what each new token of the next step sees."""
-        positions = write_indices[:, None] + np.arange(seq)  # [batch, seq]
+        positions = step_positions(write_indices, seq)
         old = self._slots[:, : self.past_len]
         old = np.where(old < write_indices[:, None], old, _NOWHERE)
         slots = np.concatenate([old, positions], axis=1)  # [batch, past_len + seq]
@@ -106,7 +107,7 @@ class CacheMap:
         """The step was run, and the cache has grown by its tokens."""
         old = self._slots[:, : self.past_len]
         old[old >= write_indices[:, None]] = _NOWHERE
-        self._slots[:, self.past_len : self.past_len + seq] = write_indices[:, None] + np.arange(seq)
+        self._slots[:, self.past_len : self.past_len + seq] = step_positions(write_indices, seq)
         self.past_len += seq
 
     def _runs(self, row: int, kept: int) -> Iterator[Run]:

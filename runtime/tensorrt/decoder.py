@@ -8,16 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava_deploy.engines.contract import DecoderShape, past_name, present_name
-from llava_deploy.engines.errors import ContractError, OptionError
+from llava_deploy.engines.errors import ContractError
 from llava_deploy.engines.tensorrt_recipe import DECODE_PROFILE, PREFILL_PROFILE
 from llava_deploy.runtime.backend import Placement, step_positions
 from llava_deploy.runtime.tensorrt.buffers import Arrays, Cache, Fields, Logits, Staging
 from llava_deploy.runtime.tensorrt.cuda import DeviceMemoryError
 from llava_deploy.runtime.tensorrt.engine import Context, Engine, Replay
-from llava_deploy.runtime.tensorrt.feeding import check_step, place_pictures, require_batch
+from llava_deploy.runtime.tensorrt.feeding import check_step, place_pictures, require_batch, require_fit, step_fields
 from llava_deploy.runtime.tensorrt.graphs import Step, Steps, bucket, capture_or_warn
-
-_INT64, _BOOL = np.dtype(np.int64), np.dtype(np.bool_)
 
 
 @dataclass(frozen=True)
@@ -51,11 +49,7 @@ class TensorRtDecoder:
             DeviceMemoryError: there is no room.
             BackendError: TensorRT refuses.
         """
-        limits = engine.recipe.limits
-        if engine.recipe.cache != "in-place":
-            raise ContractError(f"{engine.name}: want a cache that is written in place, found {engine.recipe.cache!r}")
-        if not 1 <= max_len <= limits.max_len:
-            raise OptionError("max_len", f"want 1 to {limits.max_len}, what the engine was built for, got {max_len}")
+        limits = require_fit(engine, "in-place", max_len)
         engine.require(shape.spec(limits.max_batch))
         self.max_len = max_len
         self.max_seq = min(limits.max_seq, max_len)
@@ -145,13 +139,7 @@ class TensorRtDecoder:
         return Step(self._device, context, arrays, held.logits, batch)
 
     def _fields(self, batch: int, seq: int, total: int) -> Fields:
-        return {
-            "inputs_embeds": ((batch, seq, self._shape.hidden_size), np.dtype(self._shape.dtype)),
-            "position_ids": ((batch, seq), _INT64),
-            "write_indices": ((batch,), _INT64),
-            "attention_mask": ((batch, 1, seq, total), _BOOL),
-            "last_index": ((batch,), _INT64),
-        }
+        return {"write_indices": ((batch,), np.dtype(np.int64)), **step_fields(self._shape, batch, seq, total)}
 
     def _fill(
         self, arrays: Arrays, inputs_embeds: np.ndarray, write_indices: np.ndarray, last_index: np.ndarray

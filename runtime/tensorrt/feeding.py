@@ -1,4 +1,4 @@
-"""What both kinds of decoder do with a step's inputs: refuse what does not fit, and put pictures where they go."""
+"""What both kinds of decoder do with their engine and a step's inputs: refuse what does not fit, place what does."""
 
 from __future__ import annotations
 
@@ -8,11 +8,28 @@ import numpy as np
 
 from llava_deploy.engines.contract import DecoderShape
 from llava_deploy.engines.errors import ContractError, OptionError
+from llava_deploy.engines.names import CacheForm
 from llava_deploy.engines.tensorrt_recipe import EngineLimits
 from llava_deploy.runtime.backend import Placement
-from llava_deploy.runtime.tensorrt.buffers import Arrays
+from llava_deploy.runtime.tensorrt.buffers import Arrays, Fields
 from llava_deploy.runtime.tensorrt.cuda import Device
+from llava_deploy.runtime.tensorrt.engine import Engine
 from llava_deploy.runtime.tensorrt.vision import TensorRtFeatures
+
+
+def require_fit(engine: Engine, cache: CacheForm, max_len: int) -> EngineLimits:
+    """What an engine was built for, once it is known to keep its cache so, and to have ``max_len`` slots.
+
+    Raises:
+        ContractError: it keeps its cache in another way.
+        OptionError: of ``max_len``: it has fewer slots.
+    """
+    limits = engine.recipe.limits
+    if engine.recipe.cache != cache:
+        raise ContractError(f"{engine.name}: want an engine whose cache is {cache!r}, found {engine.recipe.cache!r}")
+    if not 1 <= max_len <= limits.max_len:
+        raise OptionError("max_len", f"want 1 to {limits.max_len}, what the engine was built for, got {max_len}")
+    return limits
 
 
 def require_batch(batch: int, limits: EngineLimits) -> None:
@@ -43,6 +60,17 @@ def check_step(inputs_embeds: np.ndarray, batch: int, shape: DecoderShape, max_s
             f"inputs_embeds: want {want}[{batch}, 1 to {max_seq}, {shape.hidden_size}], got "
             f"{inputs_embeds.dtype}{list(found)}"
         )
+
+
+def step_fields(shape: DecoderShape, batch: int, seq: int, total: int) -> Fields:
+    """Inputs of a step that every decoder has; ``total`` is what the mask covers."""
+    int64 = np.dtype(np.int64)
+    return {
+        "inputs_embeds": ((batch, seq, shape.hidden_size), np.dtype(shape.dtype)),
+        "position_ids": ((batch, seq), int64),
+        "attention_mask": ((batch, 1, seq, total), np.dtype(np.bool_)),
+        "last_index": ((batch,), int64),
+    }
 
 
 def place_pictures(device: Device, arrays: Arrays, pictures: Sequence[Placement]) -> None:

@@ -8,17 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava_deploy.engines.contract import DecoderShape, past_name
-from llava_deploy.engines.errors import ContractError, OptionError
+from llava_deploy.engines.errors import ContractError
 from llava_deploy.engines.tensorrt_recipe import DECODE_PROFILE, PREFILL_PROFILE
 from llava_deploy.runtime.backend import Placement, step_positions
 from llava_deploy.runtime.cache_map import CacheMap
-from llava_deploy.runtime.tensorrt.buffers import Arrays, Fields, Logits, Staging
+from llava_deploy.runtime.tensorrt.buffers import Arrays, Logits, Staging
 from llava_deploy.runtime.tensorrt.cuda import DeviceMemoryError
 from llava_deploy.runtime.tensorrt.engine import Context, Engine, Replay
-from llava_deploy.runtime.tensorrt.feeding import check_step, place_pictures, require_batch
+from llava_deploy.runtime.tensorrt.feeding import check_step, place_pictures, require_batch, require_fit, step_fields
 from llava_deploy.runtime.tensorrt.ping_pong import PingPong
-
-_INT64, _BOOL = np.dtype(np.int64), np.dtype(np.bool_)
 
 
 @dataclass(frozen=True)
@@ -50,11 +48,7 @@ class GrowingDecoder:
             DeviceMemoryError: there is no room.
             BackendError: TensorRT refuses.
         """
-        limits = engine.recipe.limits
-        if engine.recipe.cache != "growing":
-            raise ContractError(f"{engine.name}: want a cache that grows, found {engine.recipe.cache!r}")
-        if not 1 <= max_len <= limits.max_len:
-            raise OptionError("max_len", f"want 1 to {limits.max_len}, what the engine was built for, got {max_len}")
+        limits = require_fit(engine, "growing", max_len)
         engine.require(shape.growing_spec(limits.max_batch))
         self.max_len = max_len
         self.max_seq = min(limits.max_seq, max_len)
@@ -115,7 +109,7 @@ class GrowingDecoder:
             places.packed(packing)
         single = seq == 1 and not pictures
         context, staging = (self._decode, self._tokens) if single else (self._prefill, self._prompts)
-        arrays = staging.lay_out(self._fields(batch, seq, places.past_len + seq))
+        arrays = staging.lay_out(step_fields(self._shape, batch, seq, places.past_len + seq))
         arrays.host["inputs_embeds"][:] = inputs_embeds
         arrays.host["position_ids"][:] = step_positions(write_indices, seq)
         arrays.host["attention_mask"][:] = places.mask(write_indices, seq)
@@ -131,20 +125,12 @@ class GrowingDecoder:
         device, shape, places = self._device, self._shape, self.max_len + 1
         try:
             held = _Held(rows, PingPong(device, shape, rows, places), Logits(device, rows, shape.vocab_size))
-            self._tokens.lay_out(self._fields(rows, 1, places))  # once, at its largest
+            self._tokens.lay_out(step_fields(self._shape, rows, 1, places))  # once, at its largest
         except DeviceMemoryError as error:
             raise DeviceMemoryError(
                 f"{error}; give fewer prompts at once, or load the bundle with a smaller max_len (--max-len)"
             ) from error
         return held
-
-    def _fields(self, batch: int, seq: int, total: int) -> Fields:
-        return {
-            "inputs_embeds": ((batch, seq, self._shape.hidden_size), np.dtype(self._shape.dtype)),
-            "position_ids": ((batch, seq), _INT64),
-            "attention_mask": ((batch, 1, seq, total), _BOOL),
-            "last_index": ((batch,), _INT64),
-        }
 
     def _bind(self, context: Context, arrays: Arrays, held: _Held, past: tuple[int, ...]) -> None:
         for name, address in arrays.addresses.items():

@@ -187,7 +187,7 @@ def test_what_does_not_fit(
         decoder.step(embeddings(2, 1), np.full(2, 40), np.zeros(2, np.int64))
     with pytest.raises(OptionError, match="max_len: want 1 to 256, what the engine was built for, got 257"):
         GrowingDecoder(engines[1], shape, 257)
-    with pytest.raises(ContractError, match="want a cache that is written in place, found 'growing'"):
+    with pytest.raises(ContractError, match="want an engine whose cache is 'in-place', found 'growing'"):
         TensorRtDecoder(engines[1], shape, MAX_LEN)
     engines[1].recipe = replace(engines[1].recipe, cache="in-place")
     with pytest.raises(ContractError, match="want a cache that grows, found 'in-place'"):
