@@ -190,7 +190,7 @@ def test_what_does_not_fit(
     with pytest.raises(ContractError, match="want an engine whose cache is 'in-place', found 'growing'"):
         TensorRtDecoder(engines[1], shape, MAX_LEN)
     engines[1].recipe = replace(engines[1].recipe, cache="in-place")
-    with pytest.raises(ContractError, match="want a cache that grows, found 'in-place'"):
+    with pytest.raises(ContractError, match="want an engine whose cache is 'growing', found 'in-place'"):
         GrowingDecoder(engines[1], shape, MAX_LEN)
 
 
