@@ -167,9 +167,13 @@ def plan(
         model = planned_bundle(source.directory, read_manifest(source.directory))
     else:
         from llava_deploy.exporter.plan_source import planned_checkpoint
+        from llava_deploy.exporter.quantization.prepare import require_useful
 
+        wanted: Precision = "fp16" if precision is None else precision
+        checkpoint = source.open()
         quantizing = QuantizeRequest(group_size, symmetric=False, lm_head=None, calibration=None, device=None)
-        model = planned_checkpoint(source.open(), "fp16" if precision is None else precision, quantizing.options())
+        require_useful(checkpoint, wanted, quantizing)
+        model = planned_checkpoint(checkpoint, wanted, quantizing.options())
     made = make_plan(model, target, resolve_sizes(model, max_batch, max_len, max_images)).to_dict()
     from llava_deploy.runtime import terminal
     from llava_deploy.runtime.terminal_plan import plan_tables

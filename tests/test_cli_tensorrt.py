@@ -56,7 +56,8 @@ def test_build_for_rtx_makes_an_engine_with_the_limits_asked_for(
         (["plan", "BUNDLE", "--precision", "int4"], "--precision: of no effect on a bundle"),
         (["plan", "BUNDLE", "--max-len", "99999"], "--max-len: want 1 to"),
         (["plan", "BUNDLE", "--max-batch", "0"], "--max-batch: want 1 or more"),
-        (["plan", "CHECKPOINT", "--group-size", "48"], "--group-size: want"),
+        (["plan", "CHECKPOINT", "--precision", "int4", "--group-size", "48"], "--group-size: want"),
+        (["plan", "CHECKPOINT", "--group-size", "64"], "--group-size: of use with --precision int4 or int4-awq only"),
         (["plan", "nowhere"], "config.json"),
     ],
 )

@@ -38,7 +38,7 @@ def prepare(
         InputError: an option that this precision or this checkpoint has no use for.
         CheckpointError: the checkpoint is quantised already, and AWQ is asked for.
     """
-    _refuse_useless(precision, request)
+    require_useful(checkpoint, precision, request)
     if precision in ("fp32", "fp16"):
         return checkpoint
     # These import torch, which takes its time and some 250 MB: an export of floats does without.
@@ -51,11 +51,20 @@ def prepare(
         device = "cpu" if request.device is None else request.device
         options = AwqOptions(request.options(), device, max_tokens=MOST_TOKENS)
         return awq(checkpoint, options, calibration_samples(request.calibration, checkpoint), work, on_layer)
-    held = quantized_in_decoder(checkpoint)
-    if held:
-        _refuse_rounding_again(checkpoint, request, is_head_held=LM_HEAD in held)
+    if quantized_in_decoder(checkpoint):
         return with_head(checkpoint, request.options().head_format)
     return round_to_nearest(checkpoint, request.options())
+
+
+def require_useful(checkpoint: Checkpoint, precision: Precision, request: QuantizeRequest) -> None:
+    """Refuse options that this precision or this checkpoint has no use for.
+
+    Raises:
+        InputError: one was given.
+    """
+    _refuse_useless(precision, request)
+    if precision == "int4" and (held := quantized_in_decoder(checkpoint)):
+        _refuse_rounding_again(checkpoint, request, is_head_held=LM_HEAD in held)
 
 
 def _refuse_rounding_again(checkpoint: Checkpoint, request: QuantizeRequest, *, is_head_held: bool) -> None:
