@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from llava_deploy.runtime.sampling import GREEDY, Sampler, SamplingOptions
 from llava_deploy.runtime.textstream import TextStream
 
 DEFAULT_NEW_TOKENS = 256
+_T = TypeVar("_T")
 
 
 class Llava:
@@ -180,7 +181,8 @@ class Llava:
         batch = self.encoder.encode(prompts, images, self.decoder.max_len)
         reused = self._claim_cache(batch)
         call, rest = self._call, batch.tokens.after(reused)
-        for count, logits in enumerate(logits_along(self.decoder, rest, answers, self.encoder.embed)):
+        along = self._or_cleared(logits_along(self.decoder, rest, answers, self.encoder.embed))
+        for count, logits in enumerate(along):
             if len(rest.lengths) == 1:
                 self._context.extend((answers[0][count - 1],) if count else batch.slots[reused:])
             yield logits
@@ -230,7 +232,7 @@ class Llava:
             yield
             self._require_latest(call)
 
-    def _or_cleared(self, steps: Iterator[None]) -> Iterator[None]:
+    def _or_cleared(self, steps: Iterator[_T]) -> Iterator[_T]:
         """Run the decoder; where it fails, or gives what is no number, nothing of the cache is used again."""
         try:
             yield from steps

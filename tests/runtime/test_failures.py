@@ -38,6 +38,19 @@ def test_a_failed_step_makes_the_cache_be_forgotten(llava: Llava, monkeypatch: p
     assert answer.token_ids == want.token_ids
 
 
+def test_a_failure_while_an_answer_is_read_leaves_nothing_either(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    llava.generate([PROMPT], max_new_tokens=6)
+
+    def failing(*_: Any) -> np.ndarray:
+        raise BackendError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llava.decoder, "step", failing)
+        with pytest.raises(BackendError, match="no memory"):
+            list(llava.logits_along([PROMPT], None, [[7, 8]]))
+    assert llava.generate([PROMPT], max_new_tokens=6)[0].timings.reused_tokens == 0
+
+
 def test_values_that_overflowed_are_gone_with_their_request(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     want = llava.generate([PROMPT], max_new_tokens=6)[0].token_ids
     embed = llava.encoder.embed
