@@ -14,7 +14,7 @@ from typing import get_args
 
 from llava_deploy.engines.errors import BundleError, OptionError
 from llava_deploy.engines.integrity import Integrity, check_files
-from llava_deploy.engines.manifest import FileEntry, Manifest, from_plain
+from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, FileEntry, Manifest, from_plain
 from llava_deploy.engines.names import AccuracyLevel, Backend
 from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 
@@ -124,4 +124,5 @@ def is_current(directory: Path, key: EngineKey) -> bool:
         check_files(directory, engine.files, Integrity.FULL, remedy="")
     except BundleError:
         return False  # damaged: build it anew
-    return engine.key == key
+    wanted = (VISION_GRAPH, DECODER_GRAPH) if key.tensorrt is None else (VISION_PLAN, DECODER_PLAN)
+    return engine.key == key and {entry.path for entry in engine.files}.issuperset(wanted)

@@ -266,6 +266,6 @@ def _parse_and_serialize(build: _Build, graph: _Graph, path: Path, expected: Exp
 def _build_error(build: _Build, graph: _Graph, messages: Messages) -> BackendError:
     cause, targets = messages.cause(), ", ".join(build.recipe.capabilities)
     what = f"{graph.source}: {title(build.module)} cannot build it for {targets}: {cause}"
-    if "workspace" in cause and build.recipe.workspace is not None:
+    if build.recipe.workspace is not None and any(word in cause for word in ("workspace", "OutOfMemory")):
         return BackendError(f"{what}; raise --workspace, or leave it out")
     return BackendError(f"{what}; use another version of TensorRT, or smaller limits")

@@ -15,7 +15,8 @@ _MOST_ROWS = 1024
 _TEXT = 64  # tokens of a question beside its picture, which kernels are chosen for
 _ANSWER = 128  # tokens of an answer, likewise
 _LONGEST_PIECE = 1024  # tokens: a longer prompt gains nothing by being read in one piece
-_CAPABILITY = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)")
+_LARGEST_WORKSPACE = 1 << 40  # bytes: beyond what any GPU has, and less than TensorRT's sums overflow at
+_CAPABILITY = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,13 @@ def normal_capability(text: str) -> str:
 
 
 def check_workspace(workspace: int | None) -> None:
-    """Refuse a workspace of no bytes.
+    """Refuse a workspace of no bytes, and one that no GPU has.
 
     Raises:
-        OptionError: it is not positive.
+        OptionError: it is not positive, or beyond :data:`_LARGEST_WORKSPACE`.
     """
-    if workspace is not None and workspace < 1:
-        raise OptionError("workspace", f"want one byte at least, got {workspace}")
+    if workspace is not None and not 1 <= workspace <= _LARGEST_WORKSPACE:
+        raise OptionError("workspace", f"want 1 byte to {_LARGEST_WORKSPACE >> 20:,} MiB, got {workspace:,} bytes")
 
 
 def _within(option: str, wanted: int | None, usual: int, most: int, what: str) -> int:

@@ -6,6 +6,7 @@ thread here, so that the caller's thread stays its own: progress is told there, 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -112,7 +113,8 @@ def make_monitor(api: Any, phases: Phases) -> Any:
 def run_watched(work: Callable[[], _T], phases: Phases, on_change: Callable[[str, float], None]) -> _T:
     """Run ``work`` in a thread and give its result; tell ``on_change``, here, of phases and parts done.
 
-    An error of ``on_change`` and Ctrl-C stop TensorRT at its next step, and are raised when it has stopped.
+    An error of ``on_change`` and Ctrl-C stop TensorRT at its next step, and are raised when it has stopped; Ctrl-C a
+    second time does not hurry it.
     """
     told: tuple[str, float] | None = None
     with ThreadPoolExecutor(1) as pool:
@@ -125,4 +127,7 @@ def run_watched(work: Callable[[], _T], phases: Phases, on_change: Callable[[str
             return future.result()
         except BaseException:
             phases.cancel()
+            while not future.done():  # a process that ends with TensorRT at work in it is aborted
+                with contextlib.suppress(KeyboardInterrupt):
+                    wait([future])
             raise

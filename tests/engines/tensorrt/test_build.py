@@ -137,6 +137,18 @@ def test_a_damaged_engine_is_built_anew(built: Path, tmp_path: Path) -> None:
     assert plan.read_bytes() != content
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("files", [[], [DECODER_PLAN], [VISION_PLAN]])
+def test_an_engine_whose_manifest_lacks_a_plan_is_built_anew(built: Path, tmp_path: Path, files: list[str]) -> None:
+    bundle = shutil.copytree(built, tmp_path / "bundle")
+    where = bundle / ENGINES / NAME / ENGINE_MANIFEST
+    content = json.loads(where.read_text())
+    content["files"] = [entry for entry in content["files"] if entry["path"] in files]
+    where.write_text(json.dumps(content))
+    build_tensorrt(bundle, options())
+    assert len(read_engine_manifest(where.parent).files) == 2
+
+
 def test_engines_for_several_gpus_have_a_place_of_their_own(bundle: Path) -> None:
     output = build_tensorrt(bundle, options(capabilities=("12.0", "sm_80", "80")))
     assert output.name == f"tensorrt-rtx-{VERSION}-sm80-sm120"
@@ -179,7 +191,7 @@ def test_a_float_bundle_writes_no_weight_but_the_plans(
     [
         ({"max_len": 129}, "max_len", "want 1 to 128 (positions of the model), got 129"),
         ({"max_batch": 2, "opt_batch": 4}, "opt_batch", "want 1 to 2 (--max-batch), got 4"),
-        ({"workspace": 0}, "workspace", "want one byte at least, got 0"),
+        ({"workspace": 0}, "workspace", "want 1 byte to 1,048,576 MiB, got 0 bytes"),
         ({"capabilities": ("ada",)}, "sm", "want compute capabilities such as sm89 or 8.9, got 'ada'"),
         ({"capabilities": ("sm89", "sm70")}, "sm", "not for sm70; use --backend tensorrt on such a GPU"),
         ({"capabilities": ()}, "sm", "want the compute capabilities to build for, such as sm89, for there is no GPU"),

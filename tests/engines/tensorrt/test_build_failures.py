@@ -22,6 +22,7 @@ from llava_deploy.engines.errors import BackendError, LlavaDeployError
 from llava_deploy.engines.lowering import tensorrt as lowering
 from llava_deploy.engines.tensorrt import adapter, builder
 from llava_deploy.engines.tensorrt.builder import build_tensorrt
+from llava_deploy.engines.tensorrt.messages import Messages
 from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions
 from llava_deploy.engines.tensorrt.progress import BuildProgress
 
@@ -136,6 +137,13 @@ def test_a_workspace_that_is_too_small(bundle: Path) -> None:
     assert message.endswith("; raise --workspace, or leave it out")
     assert "driver" not in message
     assert names(bundle) == []
+
+
+def test_a_workspace_that_is_too_small_in_other_words(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT has them for the growing cache's softmax, and for several GPUs at once."""
+    monkeypatch.setattr(Messages, "cause", lambda _: "Error Code 2: OutOfMemory (Requested size was 9184256 bytes.)")
+    with pytest.raises(BackendError, match=r"OutOfMemory .*; raise --workspace, or leave it out$"):
+        build_tensorrt(bundle, dataclasses.replace(OPTIONS, workspace=1))
 
 
 class Edit(ir.passes.InPlacePass):

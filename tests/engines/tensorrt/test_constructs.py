@@ -44,7 +44,9 @@ def test_releases_for_rtx_count_on_their_own() -> None:
     assert str(release_of(module)) == "TensorRT for RTX 1.7"
 
 
-@pytest.mark.parametrize("text", ["", "ten", "10", "10.", "10.3-rc1", "v10.3", "9.3", "10.2.0", "8.6.1", "-10.3"])
+@pytest.mark.parametrize(
+    "text", ["", "ten", "10", "10.", "10.3-rc1", "v10.3", "9.3", "10.2.0", "8.6.1", "-10.3", "١٠.3"]
+)
 def test_no_release_or_too_old_a_one_is_refused(text: str) -> None:
     with pytest.raises(OptionError, match=r"want a release of TensorRT from 10\.3 on, as in 10\.3, got") as caught:
         parse_release(text)

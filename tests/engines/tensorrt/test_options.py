@@ -85,15 +85,16 @@ def test_of_two_digits_before_the_last() -> None:
     assert normal_capability("12.0") == normal_capability("sm120") == "sm120"
 
 
-@pytest.mark.parametrize("text", ["", "ada", "sm", "sm8", "sm8999", "8.9.1", "sm89,sm80"])
+@pytest.mark.parametrize("text", ["", "ada", "sm", "sm8", "sm8999", "8.9.1", "sm89,sm80", "sm８９", "sm8٩"])
 def test_what_is_no_compute_capability(text: str) -> None:
     with pytest.raises(OptionError, match=r"want compute capabilities such as sm89 or 8\.9, got"):
         normal_capability(text)
 
 
-@pytest.mark.parametrize("workspace", [0, -1])
-def test_a_workspace_of_nothing(workspace: int) -> None:
-    with pytest.raises(OptionError, match="want one byte at least"):
+@pytest.mark.parametrize("workspace", [0, -1, (1 << 40) + 1, 1 << 80])
+def test_a_workspace_of_nothing_or_beyond_any_gpu(workspace: int) -> None:
+    with pytest.raises(OptionError, match=f"want 1 byte to 1,048,576 MiB, got {workspace:,} bytes"):
         check_workspace(workspace)
     check_workspace(1)
+    check_workspace(1 << 40)
     check_workspace(None)

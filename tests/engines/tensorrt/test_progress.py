@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 
@@ -99,6 +100,33 @@ def test_an_interruption_stops_the_work_and_is_raised_when_it_has_stopped(error:
         run_watched(lambda: steps(phases, ended), phases, interrupt)
     assert ended.is_set()
     assert time.perf_counter() - began < 3
+
+
+def test_a_second_interruption_does_not_leave_the_work_behind() -> None:
+    phases, ended, cancelled = Phases(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        while not phases.cancelled:
+            time.sleep(0.001)
+        cancelled.set()
+        time.sleep(0.5)
+        ended.set()
+
+    def impatient() -> None:
+        cancelled.wait()
+        signal.raise_signal(signal.SIGINT)
+
+    def interrupt(phase: str, part: float) -> None:
+        raise KeyboardInterrupt
+
+    again = threading.Thread(target=impatient)
+    again.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_watched(work, phases, interrupt)
+        assert ended.is_set()
+    finally:
+        again.join()
 
 
 def test_an_error_of_the_work_is_raised() -> None:
