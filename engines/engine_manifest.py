@@ -23,7 +23,7 @@ ENGINE_MANIFEST = "engine.json"
 VISION_PLAN = "vision.plan"
 DECODER_PLAN = "decoder.plan"
 ENGINE_FORMAT_VERSION = 2
-LOWERING_VERSION = 2
+LOWERING_VERSION = 3
 """Goes up when a builder makes other graphs of the same bundle, so that older engines are built again."""
 
 

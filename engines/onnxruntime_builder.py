@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from llava_deploy.engines.engine_manifest import (
     ENGINE_FORMAT_VERSION,
@@ -24,8 +25,17 @@ from llava_deploy.engines.engine_manifest import (
 from llava_deploy.engines.errors import BackendError
 from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, describe_file, read_manifest
-from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, AccuracyLevel
+from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, AccuracyLevel, Precision
 from llava_deploy.engines.staging import require_space, staged_directory, write_error
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Passes: TypeAlias = "list[ir.passes.InPlacePass]"
+
+_DISK: dict[Precision, int] = {"fp32": 1, "fp16": 4, "int4": 2, "int4-awq": 2}
+"""Room for a build, in multiples of the graphs: the engine, whose floats are of 32 bits, and one graph's weights on
+their way to it."""
 
 _EXTERNAL_FROM = 1024  # bytes: smaller constants stay inside the graph
 
@@ -59,54 +69,67 @@ def build_onnxruntime(bundle: Path, *, accuracy_level: AccuracyLevel | None = No
     output = bundle / key.directory
     if not replace and is_current(output, key):
         return output
-    require_space(bundle, graphs_size(manifest))
-    decoder = _lowered_decoder(bundle)
+    require_space(bundle, graphs_size(manifest) * _DISK[manifest.model.precision])
+    passes = _passes()
     try:
         with staged_directory(output, replace=True) as staging:
-            _build(bundle, decoder, key, staging)
+            _build(bundle, passes, key, staging)
     except OSError as error:
         raise write_error(output, error) from error
     return output
 
 
-def _build(bundle: Path, decoder: bytes, key: EngineKey, staging: Path) -> None:
-    import onnxruntime
-
+def _build(bundle: Path, passes: dict[str, Passes], key: EngineKey, staging: Path) -> None:
     paths = []
-    for name, graph in ((VISION_GRAPH, str(bundle / VISION_GRAPH)), (DECODER_GRAPH, decoder)):
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = 4  # its errors come as exceptions
-        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        settings.optimized_model_filepath = str(staging / name)
-        external = f"{name}.data"
-        prefix = "session.optimized_model_external_initializers"
-        settings.add_session_config_entry(f"{prefix}_file_name", external)
-        settings.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_EXTERNAL_FROM))
-        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
-        if key.accuracy_level is not None:
-            settings.add_session_config_entry(ACCURACY_LEVEL_ENTRY, str(key.accuracy_level))
-        try:
-            onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            cause = " ".join(str(error).split())
-            raise BackendError(
-                f"{bundle / name}: ONNX Runtime {onnxruntime.__version__} cannot build it: {cause}; want 1.25 or later"
-            ) from error
-        paths += [path for path in (name, external) if (staging / path).exists()]
+    for name, each in passes.items():
+        computed = staging / f"{name}.computed"
+        graph = _lowered(bundle / name, each, computed)
+        paths += _optimise(bundle / name, graph, key, staging)
+        computed.unlink()
     files = tuple(describe_file(staging, path) for path in paths)
     tools = {name: version(name) for name in ("llava-deploy", "onnx-ir")}
     text = EngineManifest(ENGINE_FORMAT_VERSION, key, tools, files).to_json()
     (staging / ENGINE_MANIFEST).write_text(text, encoding="utf-8")
 
 
-def _lowered_decoder(bundle: Path) -> bytes:
-    """The lowered graph, which takes its weights from the bundle's own files."""
+def _optimise(source: Path, graph: bytes, key: EngineKey, staging: Path) -> list[str]:
+    """Have ONNX Runtime write what it makes of ``graph``, whose weights are named relative to the bundle."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4  # its errors come as exceptions
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    settings.optimized_model_filepath = str(staging / source.name)
+    external = f"{source.name}.data"
+    prefix = "session.optimized_model_external_initializers"
+    settings.add_session_config_entry(f"{prefix}_file_name", external)
+    settings.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_EXTERNAL_FROM))
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(source.parent))
+    if key.accuracy_level is not None:
+        settings.add_session_config_entry(ACCURACY_LEVEL_ENTRY, str(key.accuracy_level))
     try:
-        from llava_deploy.engines.lowering.files import lower_in_memory
-        from llava_deploy.engines.lowering.group_query_attention import LowerGroupQueryAttention
+        onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        cause = " ".join(str(error).split())
+        raise BackendError(
+            f"{source}: ONNX Runtime {onnxruntime.__version__} cannot build it: {cause}; want 1.25 or later"
+        ) from error
+    return [path for path in (source.name, external) if (staging / path).exists()]
+
+
+def _passes() -> dict[str, Passes]:
+    """The passes of each graph, in order."""
+    try:
+        from llava_deploy.engines.lowering import onnxruntime as lowering
     except ImportError as error:
         raise BackendError(
             f"building an engine needs onnx-ir, which cannot be imported ({error}); "
             "install it with: pip install 'llava-deploy[build]'"
         ) from error
-    return lower_in_memory(bundle / DECODER_GRAPH, [LowerGroupQueryAttention()])
+    return {VISION_GRAPH: lowering.vision_passes(), DECODER_GRAPH: lowering.decoder_passes()}
+
+
+def _lowered(source: Path, passes: Passes, computed: Path) -> bytes:
+    from llava_deploy.engines.lowering.files import lower_in_memory
+
+    return lower_in_memory(source, passes, computed)

@@ -84,6 +84,7 @@ class OnnxRuntimeDecoder:
         self._ort = _import()
         self._session = _open(model, options)
         self._shape = shape
+        self._cache_dtype = _cache_dtype(self._session)
         self.max_len = max_len
         self.max_seq = min(_PREFILL_CHUNK, max_len)
         self._batch = 0
@@ -101,14 +102,14 @@ class OnnxRuntimeDecoder:
             for layer in range(shape.layers):
                 for part in ("key", "value"):
                     # Zeros, not empty: a slot that the mask hides still meets a weight of 0, and 0 x NaN is NaN.
-                    buffer = self._value(np.zeros(size, shape.dtype))
+                    buffer = self._value(np.zeros(size, self._cache_dtype))
                     self._caches[layer, part] = buffer
                     self._binding.bind_ortvalue_input(past_name(layer, part), buffer)
                     self._binding.bind_ortvalue_output(present_name(layer, part), buffer)
             self._logits = np.zeros((batch, shape.vocab_size), np.float32)
             self._binding.bind_ortvalue_output("logits", self._value(self._logits))
         except MemoryError as error:
-            wanted = 2 * shape.layers * np.prod(size, dtype=np.int64) * np.dtype(shape.dtype).itemsize
+            wanted = 2 * shape.layers * np.prod(size, dtype=np.int64) * self._cache_dtype.itemsize
             raise BackendError(
                 f"the KV cache of {batch} x {self.max_len} tokens wants {wanted:,} bytes, which the machine does not "
                 "have; load the bundle with a smaller max_len (--max-len) or give fewer prompts at once"
@@ -150,6 +151,12 @@ class OnnxRuntimeDecoder:
     def _value(self, array: np.ndarray) -> onnxruntime.OrtValue:
         """An ``OrtValue`` over the array's own memory."""
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def _cache_dtype(session: onnxruntime.InferenceSession) -> np.dtype:
+    """float32 in an engine, which computes in it; the canonical graph's cache is of the bundle's float type."""
+    kinds = {value.name: value.type for value in session.get_inputs()}
+    return np.dtype(np.float16 if kinds.get(past_name(0, "key")) == "tensor(float16)" else np.float32)
 
 
 def _cause(error: Exception) -> str:

@@ -76,16 +76,27 @@ def lower_beside(source: Path, directory: Path, passes: Sequence[ir.passes.InPla
     return LoweredModel(path, Counter(node.op_type for node in model.graph))
 
 
-def lower_in_memory(source: Path, passes: Sequence[ir.passes.InPlacePass]) -> bytes:
+def lower_in_memory(source: Path, passes: Sequence[ir.passes.InPlacePass], computed: Path | None = None) -> bytes:
     """Run ``passes`` over the model ``source`` and give the result as ONNX's bytes, weights not in them.
 
-    External data is where it was, named relative to the directory of ``source``. For passes that compute no weight:
-    one that does would have it in memory, and in the result.
+    External data is where it was, named relative to the directory of ``source``.
+
+    Args:
+        source: an ONNX file, its external data beside it.
+        passes: applied in turn.
+        computed: a new file below the directory of ``source``, for the weights that passes compute, as
+            :func:`lower_file` writes them. ``None`` for passes that compute none: one that does would have it in
+            memory, and in the result.
 
     Raises:
         BundleError: the file is no model, or a pass meets what it does not cover.
+        OSError: ``computed`` cannot be written, its disk is full, or it is there already.
     """
-    return ir.to_proto(_lowered(source, passes)).SerializeToString()
+    model = _lowered(source, passes)
+    if computed is not None:
+        values = [v for v in model.graph.initializers.values() if not isinstance(v.const_value, ir.ExternalTensor)]
+        _write_external_data(values, computed, computed.relative_to(source.parent))
+    return ir.to_proto(model).SerializeToString()
 
 
 def _lowered(source: Path, passes: Sequence[ir.passes.InPlacePass]) -> ir.Model:
@@ -112,8 +123,12 @@ def _link(tensor: ir.ExternalTensor, directory: Path) -> None:
         link.symlink_to(Path(tensor.path).resolve())
 
 
-def _write_external_data(values: Iterable[ir.Value], path: Path) -> None:
-    """Write all but the small constants of the graph's own, such as shapes, and refer the model to it."""
+def _write_external_data(values: Iterable[ir.Value], path: Path, location: Path | None = None) -> None:
+    """Write all but the small constants of the graph's own, such as shapes, and refer the model to it.
+
+    ``location`` is the name by which the model has it, relative to the directory that it is read from.
+    """
+    name = path.name if location is None else location.as_posix()
     with path.open("xb") as file:
         for value in values:
             tensor = value.const_value
@@ -126,6 +141,6 @@ def _write_external_data(values: Iterable[ir.Value], path: Path) -> None:
             for chunk in byte_chunks(tensor):
                 file.write(chunk.data)
             value.const_value = ir.ExternalTensor(
-                path.name, offset, file.tell() - offset, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()),
-                name=str(value.name), base_dir=path.parent,
+                name, offset, file.tell() - offset, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()),
+                name=str(value.name), base_dir=path.parents[name.count("/")],
             )  # fmt: skip

@@ -6,6 +6,8 @@ Slice, which ONNX Runtime carries out as a copy of all that is visible, every to
 to it in place. What it sees follows from lengths and not from a mask: with ``total = write_indices + seq``, row ``b``'s
 token ``j`` has position ``write_indices[b] + j`` and sees the slots up to it.
 
+Where q, k and v are the parts of one product, the operator takes that product as it is, and nothing is split.
+
 On the CPU that operator refuses several rows with several tokens each behind a past (a long batch's prompts, in
 pieces). So each layer becomes an ``If``: such a step takes the canonical operators, which are moved into its one branch
 as they are, and every other step takes GroupQueryAttention in the other. Both branches write into the bound buffers.
@@ -59,8 +61,10 @@ class _Layer:
     """One layer's attention: the nodes from projections to the output layer's input, in order, and their ends."""
 
     nodes: tuple[ir.Node, ...]
-    inputs: tuple[ir.Value, ...]
-    """Projections of q, k, v ``[batch, seq, heads * head_dim]``; past key and value."""
+    projections: tuple[ir.Value | None, ...]
+    """q, k, v ``[batch, seq, heads * head_dim]``; or the value that they are parts of, in this order, and no others."""
+    past: tuple[ir.Value, ir.Value]
+    """Key and value."""
     tables: tuple[ir.Value, ...]
     """Cosine and sine ``[positions, head_dim / 2]``."""
     heads: int
@@ -152,8 +156,21 @@ def _layer(attention: ir.Node) -> _Layer | None:
         or _leaks(trail.nodes, results)
     ):
         return None
-    order = tuple(node for node in attention.graph or () if node in trail.nodes)
-    return _Layer(order, (q, k, v, past_key, past_value), tuple(q_tables), heads, kv_heads, results)
+    projections: tuple[ir.Value | None, ...] = (q, k, v)
+    nodes = trail.nodes
+    split = _split_into(projections)
+    if split is not None and not _leaks({*nodes, split}, results):
+        projections, nodes = (split.inputs[0], None, None), {*nodes, split}
+    order = tuple(node for node in attention.graph or () if node in nodes)
+    return _Layer(order, projections, (past_key, past_value), tuple(q_tables), heads, kv_heads, results)
+
+
+def _split_into(parts: tuple[ir.Value | None, ...]) -> ir.Node | None:
+    """The node that splits a value along its last axis into ``parts``, in this order, as ``FuseLinears`` has it."""
+    node = None if parts[0] is None else parts[0].producer()
+    if node is None or (node.domain, node.op_type) != ("", "Split") or tuple(node.outputs) != parts:
+        return None
+    return node if node.attributes.get_int("axis", 0) == -1 else None
 
 
 def _constant(value: ir.Value) -> list[int]:
@@ -200,7 +217,7 @@ def _lower(graph: ir.Graph, layer: _Layer, lengths: _Lengths, name: str) -> None
         old.name = f"{new.name}.canonical"
     lowered = ir.node(
         "GroupQueryAttention",
-        inputs=[*layer.inputs, lengths.last, lengths.total, *layer.tables],
+        inputs=[*layer.projections, *layer.past, lengths.last, lengths.total, *layer.tables],
         attributes={"num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "do_rotary": 1},
         domain=_DOMAIN,
         outputs=[_like(value, f"{value.name}.lowered") for value in results],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,7 +21,7 @@ def packed_bytes(tensor: ir.TensorProtocol) -> np.ndarray:
 
 def byte_chunks(tensor: ir.TensorProtocol) -> Iterator[np.ndarray]:
     """A tensor's bytes in pieces; the whole is in memory only where the tensor is."""
-    if isinstance(tensor, FlippedNibbles):
+    if isinstance(tensor, ChunkedTensor):
         yield from tensor.chunks()
         return
     values = packed_bytes(tensor)
@@ -28,7 +29,15 @@ def byte_chunks(tensor: ir.TensorProtocol) -> Iterator[np.ndarray]:
         yield values[start : start + CHUNK]
 
 
-class FlippedNibbles(ir.LazyTensor):
+class ChunkedTensor(ir.LazyTensor):
+    """A tensor that is computed in pieces as it is written."""
+
+    @abstractmethod
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Its bytes, uint8, in pieces."""
+
+
+class FlippedNibbles(ChunkedTensor):
     """Unsigned 4-bit values less 8, as INT4: each nibble with its top bit flipped (``byte ^ 0x88``)."""
 
     def __init__(self, source: ir.TensorProtocol) -> None:

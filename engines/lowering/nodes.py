@@ -22,6 +22,13 @@ def constant_integers(value: ir.Value | None) -> list[int] | None:
     return [int(size) for size in value.const_value.numpy().reshape(-1)]
 
 
+def constant_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """Shape of a constant; ``None`` where ``value`` is none."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    return (*value.const_value.shape.numpy(),)
+
+
 def static_size(value: ir.Value, axis: int) -> int:
     """A size that a pass's ``requires`` has seen to be known.
 
