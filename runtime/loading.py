@@ -60,8 +60,8 @@ def _open_onnxruntime(bundle: Bundle, choice: OnnxRuntimeChoice, wanted: Wanted)
 
 def _open_tensorrt(bundle: Bundle, choice: TensorRtChoice) -> Sessions:
     from llava_deploy.runtime.tensorrt.decoder import TensorRtDecoder
-    from llava_deploy.runtime.tensorrt.engine import open_plans
     from llava_deploy.runtime.tensorrt.growing import GrowingDecoder
+    from llava_deploy.runtime.tensorrt.plans import open_plans
     from llava_deploy.runtime.tensorrt.vision import TensorRtVision
 
     plans = open_plans(choice.directory, (VISION_PLAN, DECODER_PLAN), choice.module, choice.device)

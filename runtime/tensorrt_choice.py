@@ -12,7 +12,7 @@ from llava_deploy.engines.tensorrt_module import SPOKEN, TensorRtBackend, Tensor
 from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 from llava_deploy.runtime.bundle import Bundle
 from llava_deploy.runtime.tensorrt.cuda import Device
-from llava_deploy.runtime.tensorrt.engine import fits_version
+from llava_deploy.runtime.tensorrt.plans import misfit
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,10 @@ def choose_tensorrt(bundle: Bundle, backend: TensorRtBackend, max_len: int | Non
     reasons = []
     for directory in directories:
         key = read_engine_manifest(directory).key
-        recipe = key.tensorrt
-        if key.source != source:
-            reason = "from other graphs than the bundle holds"
-        elif recipe is None or key.backend != backend:
-            reason = f"for {key.backend}"
-        elif not fits_version(key.version, recipe, module.version):
-            reason = f"with {SPOKEN[backend]} {key.version}, and {module.version} is installed"
-        elif device.capability not in recipe.capabilities:
-            reason = f"for {', '.join(recipe.capabilities)}, and the GPU is {device.capability} ({device.name})"
-        else:
-            return _chosen(directory, recipe, module, device, max_len, build)
+        is_current = key.source == source
+        reason = misfit(key, module, device) if is_current else "from other graphs than the bundle holds"
+        if reason is None and key.tensorrt is not None:
+            return _chosen(directory, key.tensorrt, module, device, max_len, build)
         reasons.append(f"engine {directory.name} was built {reason}")
     raise BackendError(f"{'; '.join(reasons)}; build one for this machine with: {build}")
 

@@ -15,7 +15,7 @@ from llava_deploy.engines.tensorrt_module import TensorRtBackend, import_tensorr
 from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeDecoder, OnnxRuntimeOptions, OnnxRuntimeVision
 from llava_deploy.runtime.tensorrt.cuda import Device
 from llava_deploy.runtime.tensorrt.decoder import TensorRtDecoder
-from llava_deploy.runtime.tensorrt.engine import open_plans
+from llava_deploy.runtime.tensorrt.plans import open_plans
 from llava_deploy.runtime.tensorrt.vision import TensorRtVision
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from llava_deploy.engines.manifest import read_manifest
 from llava_deploy.engines.tensorrt_module import TensorRtModule, import_tensorrt
 from llava_deploy.engines.tensorrt_recipe import EngineLimits, TensorRtRecipe
 from llava_deploy.runtime.tensorrt.cuda import Device, DeviceMemoryError
-from llava_deploy.runtime.tensorrt.engine import Engine, Replay, Workspace, fits_version, open_plans
+from llava_deploy.runtime.tensorrt.engine import Engine, Replay, Runtime
+from llava_deploy.runtime.tensorrt.plans import fits_version, open_plans
 
 if TYPE_CHECKING:
     from fake_gpu import FakeGpu
@@ -48,19 +49,19 @@ def refused(fake_gpu: FakeGpu) -> Callable[[Path, type[Exception], str], None]:
 
 def test_another_version(fake_gpu: FakeGpu, directory: Path, refused: Any) -> None:
     fake_gpu.provide("tensorrt_rtx", "1.8.0.10")
-    refused(directory, BackendError, r"built with tensorrt-rtx 1\.7\.1\.116, and 1\.8\.0\.10 is installed")
+    refused(directory, BackendError, r"built with TensorRT for RTX 1\.7\.1\.116, and 1\.8\.0\.10 is installed")
 
 
 def test_another_gpu(fake_gpu: FakeGpu, directory: Path, refused: Any) -> None:
     fake_gpu.capability = (12, 0)
-    refused(directory, BackendError, "built for sm89, and this GPU, Fake GPU, is sm120")
+    refused(directory, BackendError, r"built for sm89, and the GPU is sm120 \(Fake GPU\)")
 
 
 def test_another_backend(fake_gpu: FakeGpu, demo_bundle: Path, tmp_path: Path, refused: Any) -> None:
     directory = fake_gpu.write_engine(
         demo_bundle, tmp_path / "b" / "engines" / "full", backend="tensorrt", version="11.4.0.106"
     )
-    refused(directory, BundleError, "want an engine of tensorrt-rtx, found one of tensorrt;")
+    refused(directory, BackendError, "was built for tensorrt;")
 
 
 def test_altered_on_disk(directory: Path, refused: Any) -> None:
@@ -110,7 +111,7 @@ def test_a_version_compatible_engine_may_bring_its_own_runtime(
             version_compatible=compatible,
         )  # fmt: skip
         (engine,) = open_plans(directory, ["vision.plan"], import_tensorrt("tensorrt"), Device())
-        assert engine._runtime.engine_host_code_allowed is compatible
+        assert engine._runtime.handle.engine_host_code_allowed is compatible
 
 
 def test_what_tensorrt_says_is_passed_on(fake_gpu: FakeGpu, directory: Path) -> None:
@@ -132,7 +133,7 @@ def test_what_tensorrt_says_is_passed_on(fake_gpu: FakeGpu, directory: Path) -> 
         context.run()
 
 
-def test_contexts_of_both_engines_share_one_workspace(fake_gpu: FakeGpu, directory: Path) -> None:
+def test_contexts_of_both_engines_share_memory_and_kernels(fake_gpu: FakeGpu, directory: Path) -> None:
     engines = open_plans(directory, ["vision.plan", "decoder.plan"], import_tensorrt("tensorrt-rtx"), Device())
     assert len(fake_gpu.memory.device) == 0
     contexts = [engines[0].context(0, Replay.NEVER), engines[1].context(0, Replay.NEVER)]
@@ -143,6 +144,17 @@ def test_contexts_of_both_engines_share_one_workspace(fake_gpu: FakeGpu, directo
     assert all(context._context._managed for context in contexts)
     modes = [context._context._config.cuda_graph_strategy.name for context in contexts]
     assert modes == ["DISABLED", "DISABLED", "WHOLE_GRAPH_CAPTURE"]
+    assert len({id(context._context._config._cache) for context in contexts}) == 1  # kernels are compiled once
+
+
+def test_what_tensorrt_says_of_one_engine_to_the_logger_of_the_process_is_passed_on(
+    fake_gpu: FakeGpu, directory: Path
+) -> None:
+    """It keeps the first logger: there is one for both engines."""
+    module = import_tensorrt("tensorrt-rtx")
+    vision, decoder = open_plans(directory, ["vision.plan", "decoder.plan"], module, Device())
+    vision._engine._logger.log(module.api.ILogger.ERROR, "Error Code 2: OutOfMemory")
+    assert isinstance(decoder.failure("cannot run"), DeviceMemoryError)
 
 
 def test_the_real_module_reads_a_mapped_file(fake_gpu: FakeGpu, tmp_path: Path) -> None:
@@ -154,7 +166,7 @@ def test_the_real_module_reads_a_mapped_file(fake_gpu: FakeGpu, tmp_path: Path) 
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan,
         pytest.raises(BackendError, match=r"a plan: tensorrt-rtx 1\.\S+ cannot be deserialised: .*Serialization"),
     ):
-        Engine("a plan", plan, RECIPE, module, Workspace(device), device)
+        Engine("a plan", plan, Runtime(module, device, RECIPE))
 
 
 def test_inputs_and_outputs_are_the_contracts(fake_gpu: FakeGpu, directory: Path, demo_bundle: Path) -> None:

@@ -25,8 +25,9 @@ from llava_deploy.runtime.backend import DecoderSession, Placement
 from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeDecoder, OnnxRuntimeOptions, OnnxRuntimeVision
 from llava_deploy.runtime.tensorrt.cuda import Device, DeviceMemoryError
 from llava_deploy.runtime.tensorrt.decoder import TensorRtDecoder
-from llava_deploy.runtime.tensorrt.engine import Engine, open_plans
+from llava_deploy.runtime.tensorrt.engine import Engine
 from llava_deploy.runtime.tensorrt.growing import GrowingDecoder
+from llava_deploy.runtime.tensorrt.plans import open_plans
 from llava_deploy.runtime.tensorrt.vision import TensorRtVision
 
 if TYPE_CHECKING:

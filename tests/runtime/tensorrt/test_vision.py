@@ -13,7 +13,7 @@ from llava_deploy.engines.errors import BackendError, ContractError
 from llava_deploy.engines.tensorrt_module import import_tensorrt
 from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeVision
 from llava_deploy.runtime.tensorrt.cuda import Device, DeviceMemoryError
-from llava_deploy.runtime.tensorrt.engine import open_plans
+from llava_deploy.runtime.tensorrt.plans import open_plans
 from llava_deploy.runtime.tensorrt.vision import TensorRtVision
 
 if TYPE_CHECKING:

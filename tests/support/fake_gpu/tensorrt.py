@@ -90,6 +90,11 @@ class FakeRuntime(_Checked):
         return FakeEngine(self, plan)
 
 
+@held_against(real.IRuntimeCache)
+class FakeRuntimeCache(_Checked):
+    pass
+
+
 @held_against(real.IRuntimeConfig)
 class FakeRuntimeConfig(_Checked):
     cuda_graph_strategy = real.CudaGraphStrategy.DISABLED
@@ -103,8 +108,12 @@ class FakeRuntimeConfig(_Checked):
     ) -> None:
         self._strategy = strategy
 
-    def get_execution_context_allocation_strategy(self) -> Any:
-        return self._strategy
+    def create_runtime_cache(self) -> FakeRuntimeCache:
+        return FakeRuntimeCache()
+
+    def set_runtime_cache(self, cache: FakeRuntimeCache | None = None) -> bool:
+        self._cache = cache
+        return cache is not None
 
 
 @held_against(real.ICudaEngine)
