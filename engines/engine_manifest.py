@@ -95,8 +95,12 @@ def resolved_accuracy_level(manifest: Manifest, wanted: AccuracyLevel | None) ->
     return wanted
 
 
-def read_engine_manifest(directory: Path) -> EngineManifest:
+def read_engine_manifest(directory: Path, *, remedy: str = "build it again with: llava-deploy build") -> EngineManifest:
     """Read ``engine.json`` of an engine directory.
+
+    Args:
+        directory: of the engine.
+        remedy: ends an error's message.
 
     Raises:
         BundleError: it is missing, not JSON, or does not have the fields of :class:`EngineManifest`.
@@ -106,11 +110,10 @@ def read_engine_manifest(directory: Path) -> EngineManifest:
         data = json.loads(where.read_text(encoding="utf-8"))
         manifest: EngineManifest = from_plain(EngineManifest, data, "engine")
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise BundleError(f"{where}: cannot be read ({error}); build it again with: llava-deploy build") from error
+        raise BundleError(f"{where}: cannot be read ({error}); {remedy}") from error
     if manifest.format_version != ENGINE_FORMAT_VERSION:
         raise BundleError(
-            f"{where}: want format_version {ENGINE_FORMAT_VERSION}, found {manifest.format_version}; "
-            "build it again with: llava-deploy build"
+            f"{where}: want format_version {ENGINE_FORMAT_VERSION}, found {manifest.format_version}; {remedy}"
         )
     return manifest
 

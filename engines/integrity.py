@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 
-from llava_deploy.engines.errors import BundleError
+from llava_deploy.engines.errors import BundleError, OptionError
 from llava_deploy.engines.manifest import FileEntry, sha256_of
 
 QUICK_LIMIT = 256 << 20
@@ -26,8 +26,11 @@ def check_files(root: Path, files: Iterable[FileEntry], integrity: Integrity, *,
     """Hold files below ``root`` against their entries.
 
     Raises:
+        OptionError: ``integrity`` is none, such as its name; it would be taken for the weaker one.
         BundleError: the first one that differs; ``remedy`` ends the message.
     """
+    if not isinstance(integrity, Integrity):
+        raise OptionError("integrity", f"want Integrity.QUICK or Integrity.FULL, got {integrity!r}")
     home = root.resolve()
     for entry in files:
         path = root / entry.path

@@ -187,7 +187,7 @@ class PromptEncoder:
         if length > limit:
             raise PromptError(
                 f"{found}, but the context holds {limit}; shorten it, give fewer pictures, or load the bundle with a "
-                "larger max_len (--max-len) where the model allows"
+                "larger max_len (--max-len) where the model and its engine allow"
             )
         return length
 

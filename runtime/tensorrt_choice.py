@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_deploy.engines.engine_manifest import ENGINES, read_engine_manifest, source_digest
-from llava_deploy.engines.errors import BackendError, OptionError
+from llava_deploy.engines.errors import BackendError, BundleError, OptionError
 from llava_deploy.engines.tensorrt_module import SPOKEN, TensorRtBackend, TensorRtModule, import_tensorrt
 from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 from llava_deploy.runtime.bundle import Bundle
@@ -55,7 +55,7 @@ def choose_tensorrt(bundle: Bundle, backend: TensorRtBackend, max_len: int | Non
     Raises:
         BackendError: no engine of this backend, no GPU or driver, the module is not installed, or no engine is for what
             is there.
-        BundleError: an engine's manifest cannot be read.
+        BundleError: an engine's manifest cannot be read, and no other engine runs here.
         OptionError: a longer cache than the engine has.
     """
     build = f"llava-deploy build {bundle.directory} --backend {backend}"
@@ -66,13 +66,20 @@ def choose_tensorrt(bundle: Bundle, backend: TensorRtBackend, max_len: int | Non
     module = import_tensorrt(backend)
     source = source_digest(bundle.manifest)
     reasons = []
+    damaged: BundleError | None = None
     for directory in directories:
-        key = read_engine_manifest(directory).key
+        try:
+            key = read_engine_manifest(directory, remedy=f"build it again with: {build}").key
+        except BundleError as error:
+            damaged = error
+            continue
         is_current = key.source == source
         reason = misfit(key, module, device) if is_current else "from other graphs than the bundle holds"
         if reason is None and key.tensorrt is not None:
             return _chosen(directory, key.tensorrt, module, device, max_len, build)
         reasons.append(f"engine {directory.name} was built {reason}")
+    if damaged is not None:
+        raise damaged
     raise BackendError(f"{'; '.join(reasons)}; build one for this machine with: {build}")
 
 

@@ -44,20 +44,33 @@ class Check:
         self.outcomes: list[Outcome] = []
 
     def run(self) -> None:
-        """Run the parts in turn, and write down each; the bundles go in the end, whatever ends it."""
+        """Run the parts in turn, and write down each; the bundles go in the end, whatever ends it.
+
+        After Ctrl-C the parts that are left are not run, and written down as that.
+        """
         looked = self._run(ENVIRONMENT)
         self._note(looked)
         if looked.status != "passed":
             return
         self._found = looked.result
+        parts = all_parts(self._found, self._settings)
         try:
-            for part in all_parts(self._found, self._settings):
-                if self._only is None or self._only in part.name or part.name.endswith("/export"):
+            for part in parts:
+                if self._is_wanted(part):
                     self._note(self._run(part))
                 if part.removes is not None:
                     shutil.rmtree(part.removes, ignore_errors=True)
+        except KeyboardInterrupt:
+            noted = {outcome.name for outcome in self.outcomes}
+            for part in parts:
+                if self._is_wanted(part) and part.name not in noted:
+                    self._note(not_run(part.name, "stopped with Ctrl-C"))
+            raise
         finally:
             shutil.rmtree(self._settings.work, ignore_errors=True)
+
+    def _is_wanted(self, part: Part) -> bool:
+        return self._only is None or self._only in part.name or part.name.endswith("/export")
 
     def _run(self, part: Part) -> Outcome:
         if part.missing is not None:

@@ -36,8 +36,8 @@ def open_plans(directory: Path, plans: Sequence[str], module: TensorRtModule, de
         BundleError: altered on disk.
         DeviceMemoryError: no room on the GPU.
     """
-    manifest = read_engine_manifest(directory)
     again = f"llava-deploy build {directory.parent.parent} --backend {module.backend}"
+    manifest = read_engine_manifest(directory, remedy=f"build it again with: {again}")
     reason, recipe = misfit(manifest.key, module, device), manifest.key.tensorrt
     if reason is not None or recipe is None:
         raise BackendError(f"{directory}: was built {reason}; build one for this machine with: {again}")

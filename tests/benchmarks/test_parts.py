@@ -209,6 +209,25 @@ def test_the_bundles_go_where_it_is_stopped(sham: Sham, monkeypatch: pytest.Monk
     assert not (tmp_path / "work").exists()
 
 
+def test_what_ctrl_c_left_is_not_run(sham: Sham, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("demo/fp16/export", "demo/fp16/a/verify", "demo/fp16/a/questions"):
+        sham.part(name, "passed")
+    check = sham.make(only="verify")
+    run = check._run
+
+    def stop_at(part: Any) -> Any:
+        if part.name.endswith("verify"):
+            raise KeyboardInterrupt
+        return run(part)
+
+    monkeypatch.setattr(check, "_run", stop_at)
+    with pytest.raises(KeyboardInterrupt):
+        check.run()
+    assert [(outcome.name, outcome.status, outcome.reason) for outcome in check.outcomes[2:]] == [
+        ("demo/fp16/a/verify", "not run", "stopped with Ctrl-C")
+    ]
+
+
 def test_only_some_parts(sham: Sham) -> None:
     for name in ("demo/fp16/export", "demo/fp16/a/verify", "demo/fp16/a/questions"):
         sham.part(name, "passed")

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llava_deploy.engines import integrity
-from llava_deploy.engines.errors import BundleError
+from llava_deploy.engines.errors import BundleError, OptionError
 from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import FileEntry, describe_file
 
@@ -83,6 +84,12 @@ def test_a_bundle_that_is_itself_reached_by_a_link(root: Path, entry: FileEntry)
     link = root.parent / "link"
     link.symlink_to(root)
     check_files(link, [entry], Integrity.FULL, remedy="")
+
+
+def test_the_name_of_an_integrity_is_not_taken_for_the_weaker_one(root: Path, entry: FileEntry) -> None:
+    wrong: Any = "full"
+    with pytest.raises(OptionError, match=r"integrity: want Integrity\.QUICK or Integrity\.FULL, got 'full'"):
+        check_files(root, [entry], wrong, remedy="")
 
 
 def test_quick_leaves_large_files_to_full(root: Path, entry: FileEntry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from llava_deploy.engines.engine_manifest import (
     EngineManifest,
     source_digest,
 )
-from llava_deploy.engines.errors import BackendError, LlavaDeployError, OptionError
+from llava_deploy.engines.errors import BackendError, BundleError, LlavaDeployError, OptionError
 from llava_deploy.engines.integrity import Integrity
 from llava_deploy.engines.manifest import describe_file, read_manifest
 from llava_deploy.engines.tensorrt_module import TensorRtBackend, TensorRtModule
@@ -137,6 +138,18 @@ def test_of_two_the_full_tensorrt_is_taken(bundle: Path, add_engine: AddEngine) 
 def test_of_several_engines_the_one_for_this_gpu(bundle: Path, add_engine: AddEngine) -> None:
     add_engine(recipe=replace(RECIPE, capabilities=("sm120",)))
     add_engine(version=OLD)
+    mine = add_engine()
+    found = chosen(bundle)
+    assert isinstance(found, TensorRtChoice)
+    assert found.directory == mine
+
+
+def test_a_manifest_that_cannot_be_read_is_in_no_other_engines_way(bundle: Path, add_engine: AddEngine) -> None:
+    damaged = add_engine(recipe=replace(RECIPE, capabilities=("sm120",)))
+    (damaged / ENGINE_MANIFEST).write_text("{")
+    again = f"build it again with: llava-deploy build {bundle} --backend tensorrt-rtx"
+    with pytest.raises(BundleError, match=f"{re.escape(again)}$"):
+        chosen(bundle)
     mine = add_engine()
     found = chosen(bundle)
     assert isinstance(found, TensorRtChoice)
