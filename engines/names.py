@@ -1,4 +1,4 @@
-"""Names that options and manifests take, stated once. Standard library only."""
+"""Names that options and manifests take, and numbers that rooms share, stated once. Standard library only."""
 
 from __future__ import annotations
 
@@ -36,3 +36,10 @@ DEFAULT_ACCURACY_LEVEL: AccuracyLevel = 4
 
 ACCURACY_LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
 """ONNX Runtime's session option of it, for graphs that it fuses itself."""
+
+PREFILL_TOKENS = 1024
+"""Tokens of a prompt in one run of the decoder where nobody says otherwise: longer prompts are read in pieces, which
+bounds the activations."""
+
+FEATURES_KEPT = 16
+"""Pictures whose features the runtime keeps; the one used longest ago goes first."""

@@ -7,10 +7,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from llava_deploy.engines.names import FEATURES_KEPT
 from llava_deploy.runtime.backend import ImageFeatures
-
-FEATURES_KEPT = 16
-"""Pictures whose features are kept; the one used longest ago goes first."""
 
 
 class FeatureCache:

@@ -11,7 +11,7 @@ import numpy as np
 
 from llava_deploy.engines.contract import DecoderShape, VisionShape, past_name, present_name
 from llava_deploy.engines.errors import BackendError, OptionError
-from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, AccuracyLevel
+from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, PREFILL_TOKENS, AccuracyLevel
 from llava_deploy.runtime.backend import Placement, step_mask, step_positions
 from llava_deploy.runtime.new_tokens import with_features
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 
 _IMAGES_AT_ONCE = 16
-_PREFILL_CHUNK = 1024  # tokens of a prompt in one run: bounds its activations, whatever the prompt's length
 _VERIFY = "do the bundle's manifest and graphs belong together? Hold it against its checkpoint: llava-deploy verify"
 MOST_THREADS = 1024
 """ONNX Runtime starts as many as it is told to, and the process ends where the system gives no more."""
@@ -86,7 +85,7 @@ class OnnxRuntimeDecoder:
         self._shape = shape
         self._cache_dtype = _cache_dtype(self._session)
         self.max_len = max_len
-        self.max_seq = min(_PREFILL_CHUNK, max_len)
+        self.max_seq = min(PREFILL_TOKENS, max_len)
         self._batch = 0
 
     def begin(self, batch: int) -> None:

@@ -12,15 +12,9 @@ import numpy as np
 from llava_deploy.engines.contract import DecoderShape, VisionShape
 from llava_deploy.engines.errors import BundleError, OptionError
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest
-from llava_deploy.engines.names import Precision
+from llava_deploy.engines.names import PREFILL_TOKENS, Precision
 from llava_deploy.engines.planner.onnx_header import TensorSize, read_initializers
 from llava_deploy.engines.tensorrt_recipe import EngineLimits
-
-FEATURES_KEPT = 16
-"""Pictures whose features the runtime keeps."""
-
-PREFILL_TOKENS = 1024
-"""Prompt tokens in one run of the decoder where nobody says otherwise: the runtime reads longer prompts in pieces."""
 
 _FLOAT_BITS = 16  # or more; quantised values have fewer
 _QUANTIZED_PARTS = ("_scale", "_zero_point", "_permutation")
@@ -197,7 +191,7 @@ class Sizes:
 
     @classmethod
     def of_run(cls, max_batch: int, max_len: int, max_images: int) -> Sizes:
-        """Those of a run whose prompts are read in pieces of :data:`PREFILL_TOKENS`.
+        """Those of a run whose prompts are read in pieces of :data:`~llava_deploy.engines.names.PREFILL_TOKENS`.
 
         Raises:
             OptionError: a size below 1.

@@ -10,8 +10,9 @@ level 4 are packed with a float32 scale and a float32 sum for each group.
 
 from __future__ import annotations
 
+from llava_deploy.engines.names import FEATURES_KEPT
 from llava_deploy.engines.planner.memory import Memory, Part
-from llava_deploy.engines.planner.model import FEATURES_KEPT, GraphWeights, PlannedModel, Sizes
+from llava_deploy.engines.planner.model import GraphWeights, PlannedModel, Sizes
 
 _MB = 10**6
 _FLOAT = 4  # bytes of a float32

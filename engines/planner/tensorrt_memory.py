@@ -6,9 +6,9 @@ for RTX 1.7. What either takes of a device is an estimate from the graphs' shape
 
 from __future__ import annotations
 
-from llava_deploy.engines.names import CacheForm
+from llava_deploy.engines.names import FEATURES_KEPT, CacheForm
 from llava_deploy.engines.planner.memory import Memory, Part
-from llava_deploy.engines.planner.model import FEATURES_KEPT, GraphWeights, PlannedModel, Sizes
+from llava_deploy.engines.planner.model import GraphWeights, PlannedModel, Sizes
 from llava_deploy.engines.tensorrt_module import TensorRtBackend
 
 _MB = 10**6

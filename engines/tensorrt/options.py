@@ -8,13 +8,13 @@ from pathlib import Path
 
 from llava_deploy.engines.errors import OptionError
 from llava_deploy.engines.manifest import Manifest
+from llava_deploy.engines.names import PREFILL_TOKENS
 from llava_deploy.engines.tensorrt_module import TensorRtBackend
 from llava_deploy.engines.tensorrt_recipe import EngineLimits
 
 _MOST_ROWS = 1024
 _TEXT = 64  # tokens of a question beside its picture, which kernels are chosen for
 _ANSWER = 128  # tokens of an answer, likewise
-_LONGEST_PIECE = 1024  # tokens: a longer prompt gains nothing by being read in one piece
 _LARGEST_WORKSPACE = 1 << 40  # bytes: beyond what any GPU has, and less than TensorRT's sums overflow at
 _CAPABILITY = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)", re.ASCII)
 
@@ -72,7 +72,7 @@ def resolve_limits(options: TensorRtBuildOptions, manifest: Manifest) -> EngineL
     max_batch = _within("max_batch", options.max_batch, 1, _MOST_ROWS, "rows")
     max_len = _within("max_len", options.max_len, positions, positions, "positions of the model")
     max_images = _within("max_images", options.max_images, max_batch, _MOST_ROWS, "pictures")
-    max_seq = _within("max_seq", options.max_seq, _LONGEST_PIECE, max_len, "the cache's length, --max-len")
+    max_seq = _within("max_seq", options.max_seq, PREFILL_TOKENS, max_len, "the cache's length, --max-len")
     opt_seq = _within("opt_seq", options.opt_seq, patches + _TEXT, max_seq, "--max-seq")
     return EngineLimits(
         max_batch=max_batch,

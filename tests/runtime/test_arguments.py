@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from llava_deploy.engines.errors import BackendError, InputError, OptionError
+from llava_deploy.engines.names import FEATURES_KEPT
 from llava_deploy.runtime import Llava, SamplingOptions
-from llava_deploy.runtime.context import FEATURES_KEPT, FeatureCache
+from llava_deploy.runtime.context import FeatureCache
 from llava_deploy.runtime.sampling import Sampler
 
 PICTURE = Image.new("RGB", (8, 8))
