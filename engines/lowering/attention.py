@@ -12,6 +12,7 @@ from llava_deploy.engines.lowering.nodes import (
     constant_integers,
     lowered,
     require_gone,
+    require_lowerable,
     static_size,
 )
 
@@ -44,9 +45,7 @@ class LowerAttention(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         """Every one is of the form that the rule covers."""
-        for node in model.graph:
-            if node.op_type == _OPERATOR and (problem := _problem(node)) is not None:
-                raise ir.passes.PreconditionError(f"{node.name!r}: {_OPERATOR} cannot be lowered: {problem}")
+        require_lowerable(model, _OPERATOR, _problem)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the graph."""

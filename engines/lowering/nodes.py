@@ -51,6 +51,13 @@ def attribute_problem(node: ir.Node, **allowed: int | None) -> str | None:
     return None
 
 
+def require_lowerable(model: ir.Model, op_type: str, problem_of: Callable[[ir.Node], str | None]) -> None:
+    """Raise a :class:`PreconditionError` where ``problem_of`` has something to say of a node of that type."""
+    for node in model.graph:
+        if node.op_type == op_type and (problem := problem_of(node)) is not None:
+            raise ir.passes.PreconditionError(f"{node.name!r}: {op_type} cannot be lowered: {problem}")
+
+
 def lowered(model: ir.Model, op_type: str, lower: Callable[[ir.Graph, ir.Node], None]) -> ir.passes.PassResult:
     """Call ``lower`` for every node of that type in the graph, which takes its place."""
     nodes = [node for node in model.graph if node.op_type == op_type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from llava_deploy.engines.lowering.nodes import NodeList, attribute_problem, lowered, require_gone
+from llava_deploy.engines.lowering.nodes import NodeList, attribute_problem, lowered, require_gone, require_lowerable
 
 _OPERATOR = "RMSNormalization"
 _EPSILON = 1e-5  # the operator's default
@@ -23,9 +23,7 @@ class LowerRMSNormalization(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         """Every one is of the form that the rule covers."""
-        for node in model.graph:
-            if node.op_type == _OPERATOR and (problem := _problem(node)) is not None:
-                raise ir.passes.PreconditionError(f"{node.name!r}: {_OPERATOR} cannot be lowered: {problem}")
+        require_lowerable(model, _OPERATOR, _problem)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the graph."""

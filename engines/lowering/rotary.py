@@ -6,7 +6,14 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from llava_deploy.engines.lowering.nodes import NodeList, attribute_problem, lowered, require_gone, static_size
+from llava_deploy.engines.lowering.nodes import (
+    NodeList,
+    attribute_problem,
+    lowered,
+    require_gone,
+    require_lowerable,
+    static_size,
+)
 
 _OPERATOR = "RotaryEmbedding"
 _RANK = 4  # [batch, heads, seq, head_dim]
@@ -31,9 +38,7 @@ class LowerRotaryEmbedding(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         """Every one is of the form that the rule covers."""
-        for node in model.graph:
-            if node.op_type == _OPERATOR and (problem := _problem(node)) is not None:
-                raise ir.passes.PreconditionError(f"{node.name!r}: {_OPERATOR} cannot be lowered: {problem}")
+        require_lowerable(model, _OPERATOR, _problem)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the graph."""
