@@ -101,10 +101,14 @@ class DecoderSession(Protocol):
         """
 
 
-def step_mask(write_indices: np.ndarray, seq: int) -> np.ndarray:
-    """Bool ``[batch, 1, seq, total]``: token ``j`` of a row sees the slots up to its own, ``write_indices + j``."""
+def step_mask(write_indices: np.ndarray, seq: int, total: int | None = None) -> np.ndarray:
+    """Bool ``[batch, 1, seq, total]``: token ``j`` of a row sees the slots up to its own, ``write_indices + j``.
+
+    ``total`` is as many as the row that is furthest has, or more.
+    """
     positions = step_positions(write_indices, seq)
-    return np.arange(int(write_indices.max()) + seq) <= positions[:, None, :, None]
+    slots = int(write_indices.max()) + seq if total is None else total
+    return np.arange(slots) <= positions[:, None, :, None]
 
 
 def step_positions(write_indices: np.ndarray, seq: int) -> np.ndarray:

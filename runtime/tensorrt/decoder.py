@@ -10,7 +10,7 @@ import numpy as np
 from llava_deploy.engines.contract import DecoderShape, past_name, present_name
 from llava_deploy.engines.errors import ContractError
 from llava_deploy.engines.tensorrt_recipe import DECODE_PROFILE, PREFILL_PROFILE
-from llava_deploy.runtime.backend import Placement, step_positions
+from llava_deploy.runtime.backend import Placement, step_mask, step_positions
 from llava_deploy.runtime.tensorrt.buffers import Arrays, Cache, Fields, Logits, Staging
 from llava_deploy.runtime.tensorrt.cuda import DeviceMemoryError
 from llava_deploy.runtime.tensorrt.engine import Context, Engine, Replay
@@ -144,14 +144,13 @@ class TensorRtDecoder:
     def _fill(
         self, arrays: Arrays, inputs_embeds: np.ndarray, write_indices: np.ndarray, last_index: np.ndarray
     ) -> None:
-        host = arrays.host
-        positions = step_positions(write_indices, inputs_embeds.shape[1])
+        host, seq = arrays.host, inputs_embeds.shape[1]
         host["inputs_embeds"][:] = inputs_embeds
-        host["position_ids"][:] = positions
+        host["position_ids"][:] = step_positions(write_indices, seq)
         host["write_indices"][:] = write_indices
         host["last_index"][:] = last_index
         mask = host["attention_mask"]
-        np.less_equal(np.arange(mask.shape[3]), positions[:, None, :, None], out=mask)
+        mask[:] = step_mask(write_indices, seq, mask.shape[3])
 
     def _bind_inputs(self, context: Context, arrays: Arrays, held: _Held) -> None:
         """Give a context its inputs, and the batch's part of the cache."""
