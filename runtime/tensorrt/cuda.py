@@ -25,8 +25,14 @@ _WORDS = {
     "cudaErrorSystemNotReady": "the GPU's system services do not run; see nvidia-smi",
     "cudaErrorCompatNotSupportedOnDevice": "this GPU needs a driver as new as cuda-python; update the driver",
 }
-_ALIVE = ("cudaErrorMemoryAllocation", "cudaErrorInvalidValue", "cudaErrorNotReady", "cudaErrorStreamCapture")
-"""Beginnings of the names of errors after which the GPU can still be used."""
+FATAL = frozenset(
+    f"cudaError{name}"
+    for name in (
+        "Contained IllegalAddress LaunchTimeout Assert HardwareStackError IllegalInstruction MisalignedAddress "
+        "InvalidAddressSpace InvalidPc LaunchFailure TensorMemoryLeak MpsClientTerminated ExternalDevice"
+    ).split()
+)
+"""Errors after which "the process must be terminated and relaunched" (CUDA Runtime API, ``cudaError_t``)."""
 
 
 class DeviceMemoryError(BackendError):
@@ -197,7 +203,7 @@ class Device:
             return BackendError(self._driver())
         _, text = self._api.cudaGetErrorString(error)
         words = _WORDS.get(code, text.decode())
-        if not code.startswith((*_ALIVE, *_WORDS)):
+        if code in FATAL:
             words += "; the GPU cannot be used by this process any more: start it again"
         return BackendError(f"CUDA, {name}: {code}: {words}")
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from cuda.bindings import runtime
 
 from llava_deploy.engines.errors import BackendError
 from llava_deploy.runtime.tensorrt.buffers import Staging
-from llava_deploy.runtime.tensorrt.cuda import Device, DeviceMemoryError
+from llava_deploy.runtime.tensorrt.cuda import FATAL, Device, DeviceMemoryError
 
 if TYPE_CHECKING:
     from fake_gpu import FakeGpu
@@ -67,7 +68,12 @@ def test_memory_says_what_it_is_wanted_for(fake_gpu: FakeGpu) -> None:
 
 @pytest.mark.parametrize(
     ("error", "lives"),
-    [("cudaErrorInvalidValue", True), ("cudaErrorIllegalAddress", False), ("cudaErrorAssert", False)],
+    [
+        ("cudaErrorInvalidValue", True),
+        ("cudaErrorInvalidResourceHandle", True),
+        ("cudaErrorIllegalAddress", False),
+        ("cudaErrorAssert", False),
+    ],
 )
 def test_errors_after_which_nothing_works_say_so(fake_gpu: FakeGpu, error: str, lives: bool) -> None:
     device = Device()
@@ -75,6 +81,12 @@ def test_errors_after_which_nothing_works_say_so(fake_gpu: FakeGpu, error: str, 
     with pytest.raises(BackendError, match=f"^CUDA, cudaStreamSynchronize: {error}: ") as caught:
         device.synchronize()
     assert ("start it again" in str(caught.value)) is not lives
+
+
+def test_those_errors_are_the_ones_that_cuda_names() -> None:
+    said = {error.name for error in runtime.cudaError_t if "relaunched" in (error.__doc__ or "")}
+    assert said
+    assert said <= FATAL
 
 
 def test_an_error_is_not_left_for_others_to_find(fake_gpu: FakeGpu) -> None:
