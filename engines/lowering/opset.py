@@ -5,9 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from llava_deploy.engines.contract import OPSET_VERSION
-from llava_deploy.engines.tensorrt.operators import IR_VERSION, OPERATORS_10_3
+from llava_deploy.engines.tensorrt.operators import IR_VERSION, OPERATORS_10_3, OPSETS
 
-_BASIC, _FOUR_BITS = 20, 21
+_BASIC, _FOUR_BITS = OPSETS[1], 21
 _TYPES = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
