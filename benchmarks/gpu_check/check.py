@@ -54,23 +54,30 @@ class Check:
             return
         self._found = looked.result
         parts = all_parts(self._found, self._settings)
+        wanted = self._wanted(parts)
         try:
             for part in parts:
-                if self._is_wanted(part):
+                if part.name in wanted:
                     self._note(self._run(part))
                 if part.removes is not None:
                     shutil.rmtree(part.removes, ignore_errors=True)
         except KeyboardInterrupt:
             noted = {outcome.name for outcome in self.outcomes}
             for part in parts:
-                if self._is_wanted(part) and part.name not in noted:
+                if part.name in wanted and part.name not in noted:
                     self._note(not_run(part.name, "stopped with Ctrl-C"))
             raise
         finally:
             shutil.rmtree(self._settings.work, ignore_errors=True)
 
-    def _is_wanted(self, part: Part) -> bool:
-        return self._only is None or self._only in part.name or part.name.endswith("/export")
+    def _wanted(self, parts: list[Part]) -> set[str]:
+        """Names of the parts to run."""
+        text = "" if self._only is None else self._only
+        names = {part.name for part in parts if text in part.name or part.name.endswith("/export")}
+        for part in reversed(parts):  # what a part needs comes before it
+            if part.name in names:
+                names.update(part.needs)
+        return names
 
     def _run(self, part: Part) -> Outcome:
         if part.missing is not None:
@@ -100,7 +107,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="measure a model of 1b instead of 7b")
     parser.add_argument("--shape", choices=get_args(ShapeName), help="measure this one; tiny rehearses without a GPU")
     parser.add_argument("--minutes", type=float, default=10, help="after which nothing is begun any more (10)")
-    parser.add_argument("--only", metavar="TEXT", help="only exports, and parts with this in their names")
+    parser.add_argument(
+        "--only", metavar="TEXT", help="only exports, parts with this in their names, and what they need"
+    )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     shape: ShapeName = options.shape or ("1b" if options.quick else "7b")

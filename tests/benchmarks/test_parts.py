@@ -235,6 +235,15 @@ def test_only_some_parts(sham: Sham) -> None:
     assert sham.begun == ["environment", "demo/fp16/export", "demo/fp16/a/questions"]
 
 
+def test_only_some_parts_with_what_they_need(sham: Sham) -> None:
+    sham.part("demo/fp16/a/first", "passed")
+    sham.part("demo/fp16/a/second", "passed", needs=("demo/fp16/a/first",))
+    sham.part("demo/fp16/a/verify", "passed", needs=("demo/fp16/a/second",))
+    sham.part("demo/fp16/b/first", "passed")
+    sham.make(only="verify").run()
+    assert sham.begun == ["environment", *(f"demo/fp16/a/{name}" for name in ("first", "second", "verify"))]
+
+
 def test_the_script_says_what_it_could_not_do(
     gpu_check: Callable[[str], ModuleType], tmp_path: Path, child_environment: dict[str, str]
 ) -> None:
