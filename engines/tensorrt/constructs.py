@@ -55,9 +55,9 @@ class Release:
 
 OLDEST: dict[TensorRtBackend, Release] = {
     "tensorrt": Release("tensorrt", 10, 3),
-    "tensorrt-rtx": Release("tensorrt-rtx", 1, 0),
+    "tensorrt-rtx": Release("tensorrt-rtx", 1, 7),
 }
-"""The first releases that graphs are lowered for: of TensorRT, the one of JetPack 6.1."""
+"""The first releases that graphs are lowered for: that of JetPack 6.1, and the one that was built with here."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +100,18 @@ _ROWS = {"DequantizeLinear": "int4 weights in blocks", "Slice": "tensor axes of 
 _IN_PLACE: tuple[ConstructName, ...] = ("Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter")
 
 
-def parse_release(text: str, backend: TensorRtBackend = "tensorrt") -> Release:
-    """``10.3``, or a version in full, ``10.3.0.26``.
+def parse_release(text: str) -> Release:
+    """Of the full TensorRT: ``10.3``, or a version in full, ``10.3.0.26``.
 
     Raises:
         OptionError: of ``trt_version``: it is no version, or an older one than :data:`OLDEST`.
     """
     match = _NUMBER.fullmatch(text.strip())
-    oldest = OLDEST[backend]
-    wanted = f"want a release of {SPOKEN[backend]} from {oldest.major}.{oldest.minor} on, as in 10.3"
+    oldest = OLDEST["tensorrt"]
+    wanted = f"want a release of {SPOKEN['tensorrt']} from {oldest.major}.{oldest.minor} on, as in 10.3"
     if match is None:
         raise OptionError("trt_version", f"{wanted}, got {text!r:.60}")
-    release = Release(backend, int(match[1]), int(match[2]))
+    release = Release("tensorrt", int(match[1]), int(match[2]))
     if release.number < oldest.number:
         raise OptionError("trt_version", f"{wanted}, got {text!r}: it takes too few of the graphs' operators")
     return release

@@ -37,9 +37,8 @@ def test_a_release_has_a_form_of_cache(text: str, form: str, fused: bool) -> Non
 
 
 def test_releases_for_rtx_count_on_their_own() -> None:
-    assert cache_form(parse_release("1.7.1.116", "tensorrt-rtx")) == "in-place"
-    assert cache_form(parse_release("1.2", "tensorrt-rtx")) == "growing"
     module = TensorRtModule("tensorrt-rtx", None, "1.7.1.116")
+    assert cache_form(release_of(module)) == "in-place"
     assert release_of(module) == Release("tensorrt-rtx", 1, 7)
     assert str(release_of(module)) == "TensorRT for RTX 1.7"
 

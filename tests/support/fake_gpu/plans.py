@@ -21,8 +21,8 @@ from llava_deploy.engines.lowering.files import lower_file
 from llava_deploy.engines.lowering.tensorrt import decoder_passes, vision_passes
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, describe_file, read_manifest
 from llava_deploy.engines.names import CacheForm
-from llava_deploy.engines.tensorrt.constructs import parse_release
-from llava_deploy.engines.tensorrt_module import TensorRtBackend
+from llava_deploy.engines.tensorrt.constructs import release_of
+from llava_deploy.engines.tensorrt_module import TensorRtBackend, TensorRtModule
 from llava_deploy.engines.tensorrt_recipe import EngineLimits, TensorRtRecipe
 
 PLANS = ("vision.plan", "decoder.plan")
@@ -82,7 +82,8 @@ def write_engine(
         "vision.plan": profiles_of(vision, [{"images": (1, limits.opt_images, limits.max_images)}]),
         "decoder.plan": profiles_of(spec, decoder_sizes(limits, cache)),
     }
-    tower = lower_file(bundle / VISION_GRAPH, graphs, vision_passes(parse_release(version, backend)))
+    release = release_of(TensorRtModule(backend, None, version))
+    tower = lower_file(bundle / VISION_GRAPH, graphs, vision_passes(release))
     for plan, onnx in zip(PLANS, (tower, decoder), strict=True):
         content = {
             "backend": backend, "version": version, "capabilities": capabilities, "cache": cache,
