@@ -105,6 +105,7 @@ def _optimise(source: Path, graph: bytes, key: EngineKey, staging: Path) -> list
     settings.add_session_config_entry(f"{prefix}_file_name", external)
     settings.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_EXTERNAL_FROM))
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(source.parent))
+    settings.add_session_config_entry("session.disable_prepacking", "1")  # which is for a session that runs
     if key.accuracy_level is not None:
         settings.add_session_config_entry(ACCURACY_LEVEL_ENTRY, str(key.accuracy_level))
     try:

@@ -46,7 +46,7 @@ class WidenFloats(ir.passes.InPlacePass):
         outputs = [value for value in graph.outputs if value.dtype == _NARROW and value not in cache]
         constants = [value for value in graph.initializers.values() if value.dtype == _NARROW]
         made = [value for node in graph for value in node.outputs if value.dtype == _NARROW]
-        if not any((inputs, constants, made)):
+        if not constants and all(value.is_graph_output() for value in made):
             return ir.passes.PassResult(model, modified=False)
         for value in constants:
             if value.const_value is not None:
