@@ -300,7 +300,7 @@ def build(
             engine = build_tensorrt(
                 bundle, options, replace=force, on_progress=lambda at: step(at.done, at.total), on_warning=say
             )
-    say(f"built for {backend} in {watch}")
+    say(f"ready for {backend} in {watch}")
     say(f"next: {PROGRAM} chat {bundle} --image PICTURE")
     click.echo(engine)
 

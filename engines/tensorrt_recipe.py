@@ -59,6 +59,7 @@ class TensorRtRecipe:
     """How an engine was built, beside the graphs and the version of TensorRT.
 
     Attributes:
+        release: of TensorRT, as ``10.3``, whose operators the graphs were lowered to.
         cache: what the decoder does with its cache: see :data:`~llava_deploy.engines.names.CacheForm`.
         limits: what may be bound.
         capabilities: compute capabilities that it runs on, as ``sm89``, in ascending order.
@@ -67,6 +68,7 @@ class TensorRtRecipe:
         refittable: its weights may be replaced.
     """
 
+    release: str
     cache: CacheForm
     limits: EngineLimits
     capabilities: tuple[str, ...]

@@ -137,6 +137,7 @@ def build_tensorrt(
     require_supported(module, options)
     release = _release(module, options.release)
     recipe = TensorRtRecipe(
+        release=f"{release.major}.{release.minor}",
         cache=cache_form(release),
         limits=limits,
         capabilities=resolve_capabilities(module, options.capabilities),

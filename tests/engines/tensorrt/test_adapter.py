@@ -144,7 +144,9 @@ def test_the_flags_that_a_recipe_asks_for(backend: TensorRtBackend) -> None:
             set_flag=is_set.add, clear_flag=is_set.remove, set_memory_pool_limit=limits.__setitem__
         )
         workspace = 4096 if asked else None
-        recipe = TensorRtRecipe("in-place", LIMITS, ("sm89",), workspace, version_compatible=asked, refittable=asked)
+        recipe = TensorRtRecipe(
+            "1.7", "in-place", LIMITS, ("sm89",), workspace, version_compatible=asked, refittable=asked
+        )
         set_flags(module, config, recipe)
         assert {flag.name for flag in is_set} == wanted
         assert limits == ({"workspace": 4096} if asked else {})

@@ -93,7 +93,7 @@ def test_the_manifest_says_what_the_engines_are(built: Path) -> None:
     directory = built / ENGINES / NAME
     manifest = read_manifest(built)
     limits = resolve_limits(options(), manifest)
-    recipe = TensorRtRecipe("in-place", limits, ("sm89",), None, version_compatible=False, refittable=False)
+    recipe = TensorRtRecipe("1.7", "in-place", limits, ("sm89",), None, version_compatible=False, refittable=False)
     engine = read_engine_manifest(directory)
     assert engine.key == EngineKey("tensorrt-rtx", VERSION, "sm89", source_digest(manifest), None, recipe)
     assert engine.files == tuple(describe_file(directory, name) for name in (DECODER_PLAN, VISION_PLAN))
@@ -124,6 +124,18 @@ def test_engines_for_something_else_are_built_anew(built: Path, tmp_path: Path, 
     assert names(bundle) == [NAME]
     assert after.key.tensorrt is not None
     assert after.key.tensorrt.cache == ("growing" if "release" in changes else "in-place")
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_engine_of_another_releases_operators_is_built_anew(built: Path, tmp_path: Path) -> None:
+    """Both caches grow, but the towers differ."""
+    bundle = shutil.copytree(built, tmp_path / "bundle")
+    build_tensorrt(bundle, options(release="10.14"))
+    before = inode(bundle)
+    build_tensorrt(bundle, options(release="10.14"))
+    assert inode(bundle) == before
+    build_tensorrt(bundle, options(release="10.3"))
+    assert inode(bundle) != before
 
 
 @pytest.mark.usefixtures("quick")

@@ -70,7 +70,9 @@ def write_engine(
 ) -> Path:
     """Write an engine's directory, by default where the bundle's engines are; lowered graphs go below ``graphs``."""
     manifest = read_manifest(bundle)
-    recipe = TensorRtRecipe(cache, limits, capabilities, None, version_compatible, refittable=False)
+    release = release_of(TensorRtModule(backend, None, version))
+    spoken = f"{release.major}.{release.minor}"
+    recipe = TensorRtRecipe(spoken, cache, limits, capabilities, None, version_compatible, refittable=False)
     key = EngineKey(backend, version, "-".join(capabilities), source_digest(manifest), None, recipe)
     directory = bundle / key.directory if directory is None else directory
     directory.mkdir(parents=True)
@@ -82,7 +84,6 @@ def write_engine(
         "vision.plan": profiles_of(vision, [{"images": (1, limits.opt_images, limits.max_images)}]),
         "decoder.plan": profiles_of(spec, decoder_sizes(limits, cache)),
     }
-    release = release_of(TensorRtModule(backend, None, version))
     tower = lower_file(bundle / VISION_GRAPH, graphs, vision_passes(release))
     for plan, onnx in zip(PLANS, (tower, decoder), strict=True):
         content = {
