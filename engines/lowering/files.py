@@ -95,7 +95,7 @@ def lower_in_memory(source: Path, passes: Sequence[ir.passes.InPlacePass], compu
     model = _lowered(source, passes)
     if computed is not None:
         values = [v for v in model.graph.initializers.values() if not isinstance(v.const_value, ir.ExternalTensor)]
-        _write_external_data(values, computed, computed.relative_to(source.parent))
+        _write_external_data(values, computed, computed.absolute().relative_to(source.parent.absolute()))
     return ir.to_proto(model).SerializeToString()
 
 

@@ -80,3 +80,11 @@ def test_an_engine_is_the_graphs_their_floats_twice_as_wide_and_no_more(built: B
         widened = sum(t.nbytes * (2 if t.dtype == ir.DataType.FLOAT16 else 1) for t in tensors if t is not None)
         size = (directory / f"{name}.data").stat().st_size
         assert size < 1.1 * widened + len(tensors) * 4096  # tensors begin at pages
+
+
+def test_a_bundle_is_built_by_a_relative_path(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(built.canonical, tmp_path / "bundle")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    engine = build_onnxruntime(Path("../bundle"))
+    assert (engine / DECODER_GRAPH).exists()

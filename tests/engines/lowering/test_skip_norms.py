@@ -14,16 +14,15 @@ from llava_deploy.engines.lowering.skip_norms import FuseSkipNorms
 HIDDEN = 24
 
 
-def residual_model(
-    dtype: Any, seed: int, *, shape: tuple[Any, ...] = ("batch", "seq", HIDDEN), **norm: Any
-) -> ir.Model:
-    """``y = norm(a + b)`` and ``z = -(a + b)``."""
+def residual_model(dtype: Any, seed: int, epsilon: float = 1e-3) -> ir.Model:
+    """``y = -norm(a + b)`` and ``z = -(a + b)``."""
+    shape = ("batch", "seq", HIDDEN)
     kind = ir.DataType.from_numpy(np.dtype(dtype))
     weight = ir.tensor(np.random.default_rng(seed).uniform(0.5, 1.5, HIDDEN).astype(dtype), name="w")
     constant = ir.Value(name="w", const_value=weight, shape=ir.Shape([HIDDEN]), type=ir.TensorType(kind))
     a, b = (ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind)) for name in "ab")
     add = ir.node("Add", [a, b], name="add")
-    attributes = {"axis": -1, "epsilon": 1e-3} | norm
+    attributes = {"axis": -1, "epsilon": epsilon}
     normed = ir.node("RMSNormalization", [add.outputs[0], constant], attributes, name="norm")
     last = ir.node("Neg", [normed.outputs[0]])
     other = ir.node("Neg", [add.outputs[0]])
