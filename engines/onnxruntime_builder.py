@@ -1,6 +1,7 @@
-"""Bundle to ONNX Runtime engine: the canonical graphs, the decoder's attention lowered, after the backend's optimiser.
+"""Bundle to ONNX Runtime engine: the canonical graphs, lowered for a CPU, after the backend's optimiser.
 
-The lowering is what no load does: attention to the cache where it lies, without a copy. The optimiser does once what it
+The lowering is what no load does: floats of 32 bits, products and norms put together, attention to the cache where it
+lies, without a copy (``lowering/onnxruntime.py``). The optimiser does once what it
 does at every load otherwise: constants folded (the transposed weights), activations fused, casts put in where the CPU
 has no kernel for a type. The result belongs to one version of ONNX Runtime. Level 'extended', not 'all': the latter's
 layouts are for the processor that it ran on.
@@ -8,8 +9,11 @@ layouts are for the processor that it ran on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeAlias
 
 from llava_deploy.engines.engine_manifest import (
@@ -81,15 +85,26 @@ def build_onnxruntime(bundle: Path, *, accuracy_level: AccuracyLevel | None = No
 
 def _build(bundle: Path, passes: dict[str, Passes], key: EngineKey, staging: Path) -> None:
     paths = []
-    for name, each in passes.items():
-        computed = staging / f"{name}.computed"
-        graph = _lowered(bundle / name, each, computed)
-        paths += _optimise(bundle / name, graph, key, staging)
-        computed.unlink()
+    with _place_inside(bundle, staging) as place:
+        for name, each in passes.items():
+            computed = place / f"{name}.computed"
+            graph = _lowered(bundle / name, each, computed)
+            paths += _optimise(bundle / name, graph, key, staging)
+            computed.unlink()
     files = tuple(describe_file(staging, path) for path in paths)
     tools = {name: version(name) for name in ("llava-deploy", "onnx-ir")}
     text = EngineManifest(ENGINE_FORMAT_VERSION, key, tools, files).to_json()
     (staging / ENGINE_MANIFEST).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _place_inside(bundle: Path, staging: Path) -> Iterator[Path]:
+    """Where computed weights lie: ONNX Runtime reads nothing that a link leads to out of the bundle."""
+    if staging.resolve().is_relative_to(bundle.resolve()):
+        yield staging
+        return
+    with TemporaryDirectory(prefix=".lowered-", dir=bundle) as place:
+        yield Path(place)
 
 
 def _optimise(source: Path, graph: bytes, key: EngineKey, staging: Path) -> list[str]:

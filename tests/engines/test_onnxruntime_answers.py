@@ -88,3 +88,12 @@ def test_a_bundle_is_built_by_a_relative_path(built: Built, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path / "elsewhere")
     engine = build_onnxruntime(Path("../bundle"))
     assert (engine / DECODER_GRAPH).exists()
+
+
+def test_engines_may_lie_behind_a_link(built: Built, tmp_path: Path) -> None:
+    bundle = shutil.copytree(built.canonical, tmp_path / "bundle")
+    (tmp_path / "disk").mkdir()
+    (bundle / ENGINES).symlink_to(tmp_path / "disk")
+    before = {path.name for path in bundle.iterdir()}
+    assert (build_onnxruntime(bundle) / DECODER_GRAPH).exists()
+    assert {path.name for path in bundle.iterdir()} == before
