@@ -1,14 +1,17 @@
 """Peak memory of ONNX Runtime on the CPU, as it builds an engine and as it runs one.
 
 The formulas follow what it does; their constants are fitted to peaks that were measured with ONNX Runtime 1.32 on
-x86-64 (``benchmarks/results/planner_peaks.json``): within a tenth there.
+x86-64 (``benchmarks/results/planner_peaks.json``).
 
-On x86 it has no products of float16: weights of that type become float32 as they are loaded, and so do activations. A
-product's weights are packed anew in anonymous memory, and the file is read tensor by tensor. 4-bit weights at accuracy
-level 4 are packed with a float32 scale and a float32 sum for each group.
+An engine is float32 throughout, whatever the bundle's floats are: weights, activations and the cache. A build has each
+float once, transposed; a product's weights are packed when a session is opened for a run, in anonymous memory, and the
+file is read tensor by tensor. 4-bit weights at accuracy level 4 are packed with a float32 scale and a float32 sum for
+each group.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from llava_deploy.engines.names import FEATURES_KEPT
 from llava_deploy.engines.planner.memory import Memory, Part
@@ -17,22 +20,22 @@ from llava_deploy.engines.planner.model import GraphWeights, PlannedModel, Sizes
 _MB = 10**6
 _FLOAT = 4  # bytes of a float32
 _BUILD = Part("process", "host", 78 * _MB)
-_LIBRARIES = Part("process", "mapped", 45 * _MB)
-_COPIES = {2: 1.25, 4: 2.08}
-"""By the bytes of a float: how often a build holds a graph's weights. float32 is there transposed, and packed."""
+_BUILD_LIBRARIES = Part("process", "mapped", 45 * _MB)
+_COPIES = 1.15
+"""How often a build holds a graph's floats: once, and what lies between blocks of other sizes."""
 
-_QUANTIZED_COPIES = 2.35
-_RUN = {2: 55 * _MB, 4: 37 * _MB}
-"""Of the process, with tokenizer and picture library, by the bytes of a float."""
+_QUANTIZED_COPIES = 1.1
+_RUN = Part("process", "host", 37 * _MB)
+"""With tokenizer and picture library."""
 
-_WIDTHS = {2: 2.1, 4: 1.8}
-"""Activations of a piece of a prompt, in multiples of two hidden and three intermediate rows of float32 a token."""
+_RUN_LIBRARIES = Part("process", "mapped", 50 * _MB)
 
-_SCORES = {2: 1.3, 4: 0.0}
-"""Attention's scores are all in memory at once where the cache is float16: a buffer of float32 and its remains."""
+_WIDTHS = {"int4": 2.7, "floats": 1.8}
+"""Activations of a piece of a prompt, in multiples of two hidden and three intermediate rows of float32 a token.
 
-_LATER_PIECES = 1.6
-"""Scores grow from piece to piece, and the buffers of shorter ones stay; relative to the last piece's."""
+Of quantised layers, projections that read the same values come as one product, which is split, and beside it is what
+they read, in 8 bits.
+"""
 
 _TOWER = 1.6
 """Activations of the tower, in multiples of two hidden and two intermediate rows of float32 a token."""
@@ -40,55 +43,91 @@ _TOWER = 1.6
 
 def onnxruntime_build_memory(model: PlannedModel) -> Memory:
     """Peak of ``llava-deploy build --backend onnxruntime``: of the larger graph, built after the other one."""
-    graphs = [(model.vision_weights, 0), (model.decoder_weights, model.embedding_bytes if model.is_tied else 0)]
-    weights = max(_held_in_build(graph, tied, model.itemsize) for graph, tied in graphs)
-    mapped = max(_largest_float(graph, tied) for graph, tied in graphs)
-    return Memory((Part("weights", "host", weights), _BUILD, Part("weights", "mapped", mapped), _LIBRARIES))
-
-
-def _held_in_build(graph: GraphWeights, tied: int, itemsize: int) -> int:
-    floats = graph.nbytes - graph.quantized_bytes + tied
-    return int(_COPIES[itemsize] * floats + _QUANTIZED_COPIES * graph.quantized_bytes + _largest_float(graph, tied))
-
-
-def _largest_float(graph: GraphWeights, tied: int) -> int:
-    return max(tied, *(t.nbytes for t in graph.dense), 0)
+    graphs = _graphs(model)
+    weights = max(graph.built for graph in graphs)
+    mapped = max(graph.largest for graph in graphs)
+    return Memory((Part("weights", "host", weights), _BUILD, Part("weights", "mapped", mapped), _BUILD_LIBRARIES))
 
 
 def onnxruntime_run_memory(model: PlannedModel, sizes: Sizes) -> Memory:
     """Peak of a run on the engine, which fills the cache; the first call has it, and later ones keep it."""
-    tied = model.embedding_bytes if model.is_tied else 0
-    weights = _loaded(model.vision_weights, 0, model.itemsize) + _loaded(model.decoder_weights, tied, model.itemsize)
-    cache = sizes.max_batch * sizes.max_len * model.cache_bytes_per_slot
+    graphs = _graphs(model)
+    cache = sizes.max_batch * sizes.max_len * _widened(model, model.cache_bytes_per_slot)
     activations = _tower(model, sizes) + _prefill(model, sizes)
     # While the largest of the decoder's weights is loaded there are two of it, and no activations yet.
-    largest = _largest_float(model.decoder_weights, tied) * _FLOAT // model.itemsize
+    largest = graphs[-1].largest
     parts = (
-        Part("weights", "host", weights),
+        Part("weights", "host", sum(graph.loaded for graph in graphs)),
         Part("KV cache", "host", cache),
         Part("activations", "host", max(activations, largest - cache)),
         Part("image features", "host", FEATURES_KEPT * model.features_bytes),
-        Part("process", "host", _RUN[model.itemsize]),
-        Part("weights", "mapped", max(model.vision_weights.largest, model.decoder_weights.largest, tied)),
-        _LIBRARIES,
+        _RUN,
+        Part("weights", "mapped", max(graph.largest for graph in graphs)),
+        _RUN_LIBRARIES,
     )
     return Memory(parts)
 
 
-def _loaded(graph: GraphWeights, tied: int, itemsize: int) -> int:
-    """Floats as float32; of quantised matrices, the values as they are, and eight bytes a scale beside it."""
-    floats = (graph.nbytes - graph.quantized_bytes + tied) * _FLOAT // itemsize
-    scales = sum(t.values for t in graph.tensors if t.name.endswith("_scale"))
-    return floats + graph.quantized_bytes + 2 * _FLOAT * scales
+@dataclass(frozen=True)
+class _EngineGraph:
+    """Bytes of a graph's weights in an engine.
+
+    Attributes:
+        floats: everything that is not quantised.
+        quantized: quantised matrices as the bundle has them, with their scales and zero points.
+        scales: how many of these there are.
+        largest: the largest tensor.
+    """
+
+    floats: int
+    quantized: int
+    scales: int
+    largest: int
+
+    @property
+    def built(self) -> int:
+        """At the peak of the build."""
+        return int(_COPIES * self.floats + _QUANTIZED_COPIES * self.quantized + self.largest)
+
+    @property
+    def loaded(self) -> int:
+        """In a session: of quantised matrices, the values as they are, and eight bytes a scale beside them."""
+        return self.floats + self.quantized + 2 * _FLOAT * self.scales
+
+
+def _graphs(model: PlannedModel) -> tuple[_EngineGraph, _EngineGraph]:
+    """The vision graph and the decoder."""
+    tied = model.embedding_bytes if model.is_tied else 0
+    return _engine_graph(model, model.vision_weights, 0), _engine_graph(model, model.decoder_weights, tied)
+
+
+def _engine_graph(model: PlannedModel, graph: GraphWeights, tied: int) -> _EngineGraph:
+    dense = _widened(model, max(tied, *(t.nbytes for t in graph.dense), 0))
+    return _EngineGraph(
+        floats=_widened(model, graph.nbytes - graph.quantized_bytes + tied),
+        quantized=graph.quantized_bytes,
+        scales=sum(t.values for t in graph.tensors if t.name.endswith("_scale")),
+        largest=max(dense, *(t.nbytes for t in graph.quantized), 0),
+    )
+
+
+def _widened(model: PlannedModel, nbytes: int) -> int:
+    """Floats of the bundle as float32."""
+    return nbytes * _FLOAT // model.itemsize
 
 
 def _prefill(model: PlannedModel, sizes: Sizes) -> int:
-    """Of the last piece of a prompt that fills the cache."""
-    d, tokens = model.decoder, sizes.max_batch * sizes.max_seq
-    rows = _FLOAT * tokens * (2 * d.hidden_size + 3 * model.intermediate_size)
-    heads = model.query_size // d.head_dim
-    scores = _FLOAT * tokens * heads * sizes.max_len * (1.0 if sizes.max_len == sizes.max_seq else _LATER_PIECES)
-    return int(_WIDTHS[model.itemsize] * rows + _SCORES[model.itemsize] * scores)
+    """Of the last piece of a prompt that fills the cache.
+
+    Several rows with several tokens each behind a past take the canonical Attention (see ``LowerGroupQueryAttention``
+    in ``engines/lowering``), which has all scores in memory at once; GroupQueryAttention has them by blocks.
+    """
+    tokens = sizes.max_batch * sizes.max_seq
+    form = "int4" if model.decoder_weights.quantized else "floats"
+    rows = _FLOAT * tokens * (2 * model.decoder.hidden_size + 3 * model.intermediate_size)
+    is_canonical = sizes.max_batch > 1 and sizes.max_len > sizes.max_seq
+    scores = _FLOAT * tokens * (model.query_size // model.decoder.head_dim) * sizes.max_len if is_canonical else 0
+    return int(_WIDTHS[form] * rows) + scores
 
 
 def _tower(model: PlannedModel, sizes: Sizes) -> int:

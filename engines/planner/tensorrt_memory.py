@@ -12,12 +12,23 @@ from llava_deploy.engines.planner.model import GraphWeights, PlannedModel, Sizes
 from llava_deploy.engines.tensorrt_module import TensorRtBackend
 
 _MB = 10**6
-_BUILD = 235 * _MB
+_BUILD = 220 * _MB
 _LAYER = {"int4": 26 * _MB, "floats": 13_600_000}
 """What compiling a layer's kernels leaves until the build is over."""
 
-_COPIES = {"int4": 1.85, "floats": 1.6}
-"""How often a graph's weights are there at the peak, in anonymous memory; the file that they come from is mapped."""
+_COPIES = 1.5
+"""How often a graph of floats has its weights at the peak, in anonymous memory; the file that they come from is mapped.
+
+This and the next ones with what is freed given back to the system: see ``engines/tensorrt/heap.py``.
+"""
+
+_QUANTIZED_COPIES = 2.0
+"""Of quantised matrices, whose zero points are of four bytes each then."""
+
+_FLOATS_BESIDE = 0.7
+"""Of the floats of a graph whose layers are quantised: mostly the output layer, once the layers are done."""
+
+_ZERO_POINT = 4  # bytes, of a float32
 
 _LIBRARIES = Part("process", "mapped", 116 * _MB)
 _RUN = Part("process", "host", 400 * _MB)
@@ -39,8 +50,8 @@ def tensorrt_build_memory(model: PlannedModel, backend: TensorRtBackend, sizes: 
     """
     graphs = (engine_bytes(model.vision_weights), engine_bytes(model.decoder_weights) + _tied(model))
     form = "int4" if model.decoder_weights.quantized else "floats"
-    decoder = (int(_COPIES[form] * graphs[1]), _LAYER[form] * model.decoder.layers)
-    tower = (int(_COPIES["floats"] * graphs[0]), _LAYER["floats"] * model.tower_layers)
+    decoder = (_held_in_build(model.decoder_weights, _tied(model)), _LAYER[form] * model.decoder.layers)
+    tower = (_held_in_build(model.vision_weights, 0), _LAYER["floats"] * model.tower_layers)
     weights, kernels = max(decoder, tower, key=sum)
     host = (
         Part("weights", "host", weights),
@@ -83,6 +94,14 @@ def engine_bytes(weights: GraphWeights) -> int:
     zero_points = [t for t in weights.tensors if t.name.endswith("_zero_point")]
     widened = sum(scales[t.name.removesuffix("_zero_point")].nbytes - t.nbytes for t in zero_points)
     return weights.nbytes + widened
+
+
+def _held_in_build(weights: GraphWeights, tied: int) -> int:
+    if not weights.quantized:
+        return int(_COPIES * (weights.nbytes + tied))
+    zero_points = [t for t in weights.tensors if t.name.endswith("_zero_point")]
+    quantized = weights.quantized_bytes + sum(_ZERO_POINT * t.values - t.nbytes for t in zero_points)
+    return int(_QUANTIZED_COPIES * quantized + _FLOATS_BESIDE * (weights.nbytes - weights.quantized_bytes + tied))
 
 
 def _tied(model: PlannedModel) -> int:

@@ -253,7 +253,7 @@ def _parse_and_serialize(build: _Build, graph: _Graph, path: Path, expected: Exp
         build.on_progress(BuildProgress(graph.spec.name, phase if phase else "Building", done, _WHOLE))
 
     built = run_watched(
-        lambda: serialize(module, parsed.builder, parsed.network, config, plan), phases, on_change=report
+        lambda: serialize(module, parsed.builder, parsed.network, config, plan), phases, report, on_look=trim_heap
     )
     if not built:
         raise _build_error(build, graph, messages)

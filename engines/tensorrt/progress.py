@@ -110,17 +110,23 @@ def make_monitor(api: Any, phases: Phases) -> Any:
     return _Monitor()
 
 
-def run_watched(work: Callable[[], _T], phases: Phases, on_change: Callable[[str, float], None]) -> _T:
+def run_watched(
+    work: Callable[[], _T],
+    phases: Phases,
+    on_change: Callable[[str, float], None],
+    on_look: Callable[[], None] = lambda: None,
+) -> _T:
     """Run ``work`` in a thread and give its result; tell ``on_change``, here, of phases and parts done.
 
-    An error of ``on_change`` and Ctrl-C stop TensorRT at its next step, and are raised when it has stopped; Ctrl-C a
-    second time does not hurry it.
+    Ten times a second, before it looks for news, it calls ``on_look``. An error of these two and Ctrl-C stop TensorRT
+    at its next step, and are raised when it has stopped; Ctrl-C a second time does not hurry it.
     """
     told: tuple[str, float] | None = None
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work)
         try:
             while wait([future], timeout=_EVERY).not_done:
+                on_look()
                 if (now := phases.now()) != told:
                     told = now
                     on_change(*now)
