@@ -135,3 +135,16 @@ def test_an_error_of_the_work_is_raised() -> None:
 
     with pytest.raises(ValueError, match="no"):
         run_watched(fail, Phases(), lambda *_: None)
+
+
+def test_it_looks_again_and_again_while_the_work_goes_on() -> None:
+    seen = threading.Event()
+    looks: list[int] = []
+
+    def look() -> None:
+        looks.append(threading.get_ident())
+        if len(looks) == 3:
+            seen.set()
+
+    assert run_watched(lambda: seen.wait(30), Phases(), lambda *_: None, on_look=look)
+    assert set(looks) == {threading.get_ident()}
