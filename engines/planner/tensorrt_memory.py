@@ -13,10 +13,10 @@ from llava_deploy.engines.tensorrt_module import TensorRtBackend
 
 _MB = 10**6
 _BUILD = 220 * _MB
-_LAYER = {"int4": 26 * _MB, "floats": 13_600_000}
+_LAYER = {"int4": 26 * _MB, "floats": 8 * _MB}
 """What compiling a layer's kernels leaves until the build is over."""
 
-_COPIES = 1.5
+_COPIES = 1.45
 """How often a graph of floats has its weights at the peak, in anonymous memory; the file that they come from is mapped.
 
 This and the next ones with what is freed given back to the system: see ``engines/tensorrt/heap.py``.
@@ -45,8 +45,7 @@ def tensorrt_build_memory(model: PlannedModel, backend: TensorRtBackend, sizes: 
     """Peak of ``llava-deploy build`` for TensorRT: of the larger graph; they are built one after the other.
 
     The full TensorRT tries kernels on the GPU, layer by layer: with the graph's weights and the largest activations,
-    but no cache. TensorRT for RTX needs no GPU. What is mapped is the larger graph's weights; of int4 models the other
-    graph's were seen beside them.
+    but no cache. TensorRT for RTX needs no GPU. What is mapped is the larger graph's weights.
     """
     graphs = (engine_bytes(model.vision_weights), engine_bytes(model.decoder_weights) + _tied(model))
     form = "int4" if model.decoder_weights.quantized else "floats"
