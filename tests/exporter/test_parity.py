@@ -175,8 +175,12 @@ def test_against_transformers(hf_case: tuple[str, LlavaForConditionalGeneration,
             max_new_tokens=NEW_TOKENS, output_logits=True, return_dict_in_generate=True, pad_token_id=0,
         )  # fmt: skip
         assert answer.token_ids == tuple(wanted.sequences[0, ids.shape[1] :].tolist())
-        for pieces in ([found.lengths[0]], [3, 1, int(found.lengths[0]) - 4], [1] * int(found.lengths[0])):
-            got = logits_in_pieces(llava, found.inputs_embeds, pieces)
+        for pieces in (
+            [found.tokens.lengths[0]],
+            [3, 1, int(found.tokens.lengths[0]) - 4],
+            [1] * int(found.tokens.lengths[0]),
+        ):
+            got = logits_in_pieces(llava, found.tokens.inputs_embeds, pieces)
             logit_error = max(logit_error, float(np.abs(got - wanted.logits[0].numpy()).max()))
     report(f"| {name} | {feature_error:.1e} | {logit_error:.1e} | {NEW_TOKENS} of {NEW_TOKENS}, 2 rows |")
     assert feature_error < TOLERANCE
@@ -262,9 +266,9 @@ def test_original_layout_against_the_reference(name: str, tmp_path: Path, save_c
     text = tokenizer.decode([5, 9]) + "<image>" + tokenizer.decode([7, 30, 31])
     answer = llava.generate([text], [[image]], max_new_tokens=NEW_TOKENS)[0]
     found = llava.encoder.encode([text], [[image]], llava.max_len)
-    length, logit_error = int(found.lengths[0]), 0.0
+    length, logit_error = int(found.tokens.lengths[0]), 0.0
     for pieces in ([length], [3, 1, length - 4], [1] * length):
-        got = logits_in_pieces(llava, found.inputs_embeds, pieces)
+        got = logits_in_pieces(llava, found.tokens.inputs_embeds, pieces)
         logit_error = max(logit_error, float(np.abs(got - wanted.logits[0].numpy()).max()))
     report(f"| {name} | {feature_error:.1e} | {logit_error:.1e} | {NEW_TOKENS} of {NEW_TOKENS} |")
     assert feature_error < TOLERANCE

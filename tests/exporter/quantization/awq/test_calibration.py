@@ -57,7 +57,7 @@ def test_the_decoder_gets_what_the_runtime_gives_it(
     llava = Llava.load(demo_bundle)
     picture = tmp_path / "pictures" / "red.png"
     prompt = render_chat([{**ASKED, "content": [{**PICTURE, "image": picture}, ASKED["content"][1]]}], demo.chat)
-    want = llava.encoder.encode([prompt], [[picture]], 512).inputs_embeds[0]
+    want = llava.encoder.encode([prompt], [[picture]], 512).tokens.inputs_embeds[0]
     assert found.shape == want.shape
     np.testing.assert_allclose(found.numpy(), want, rtol=1e-3, atol=1e-4)
 
