@@ -56,10 +56,11 @@ def test_an_interrupted_build_stops_and_leaves_nothing(bundle: Path) -> None:
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from pathlib import Path
 from llava_deploy.engines.tensorrt.builder import build_tensorrt
 from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
 def tell(progress):
     print(progress.what, progress.phase, flush=True)
 options = TensorRtBuildOptions("tensorrt-rtx", capabilities=("sm89",), max_len=64)
