@@ -8,13 +8,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
 
 from llava_deploy.engines.errors import BundleError, OptionError
 from llava_deploy.engines.integrity import Integrity, check_files
-from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, FileEntry, Manifest, from_plain
+from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, FileEntry, Manifest, describe_file, from_plain
 from llava_deploy.engines.names import AccuracyLevel, Backend
 from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 
@@ -93,6 +95,18 @@ def resolved_accuracy_level(manifest: Manifest, wanted: AccuracyLevel | None) ->
     if type(wanted) is not int or wanted not in get_args(AccuracyLevel):  # True is equal to 1
         raise OptionError("accuracy_level", f"want 0 to 4, got {wanted!r}")
     return wanted
+
+
+def write_engine_manifest(directory: Path, key: EngineKey, files: Iterable[str]) -> None:
+    """Write ``engine.json`` for the ``files`` of ``directory`` as they are on the disk now.
+
+    Raises:
+        OSError: a file cannot be read, or the manifest not be written.
+    """
+    entries = tuple(describe_file(directory, name) for name in files)
+    tools = {name: version(name) for name in ("llava-deploy", "onnx-ir")}
+    text = EngineManifest(ENGINE_FORMAT_VERSION, key, tools, entries).to_json()
+    (directory / ENGINE_MANIFEST).write_text(text, encoding="utf-8")
 
 
 def read_engine_manifest(directory: Path, *, remedy: str = "build it again with: llava-deploy build") -> EngineManifest:

@@ -58,3 +58,11 @@ class PromptError(InputError):
 
 class BackendError(LlavaDeployError):
     """A backend (ONNX Runtime, TensorRT) is not installed, cannot run here, or failed."""
+
+
+def lacks_onnx_ir(error: ImportError) -> BackendError:
+    """What a builder raises where the lowering passes cannot be imported."""
+    return BackendError(
+        f"building an engine needs onnx-ir, which cannot be imported ({error}); "
+        "install it with: pip install 'llava-deploy[build]'"
+    )

@@ -11,24 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeAlias
 
 from llava_deploy.engines.engine_manifest import (
-    ENGINE_FORMAT_VERSION,
-    ENGINE_MANIFEST,
     EngineKey,
-    EngineManifest,
     graphs_size,
     is_current,
     resolved_accuracy_level,
     source_digest,
+    write_engine_manifest,
 )
-from llava_deploy.engines.errors import BackendError
+from llava_deploy.engines.errors import BackendError, lacks_onnx_ir
 from llava_deploy.engines.integrity import Integrity, check_files
-from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, describe_file, read_manifest
+from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, read_manifest
 from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, AccuracyLevel, Precision
 from llava_deploy.engines.staging import require_space, staged_directory, write_error
 
@@ -91,10 +88,7 @@ def _build(bundle: Path, passes: dict[str, Passes], key: EngineKey, staging: Pat
             graph = _lowered(bundle / name, each, computed)
             paths += _optimise(bundle / name, graph, key, staging)
             computed.unlink()
-    files = tuple(describe_file(staging, path) for path in paths)
-    tools = {name: version(name) for name in ("llava-deploy", "onnx-ir")}
-    text = EngineManifest(ENGINE_FORMAT_VERSION, key, tools, files).to_json()
-    (staging / ENGINE_MANIFEST).write_text(text, encoding="utf-8")
+    write_engine_manifest(staging, key, paths)
 
 
 @contextmanager
@@ -138,10 +132,7 @@ def _passes() -> dict[str, Passes]:
     try:
         from llava_deploy.engines.lowering import onnxruntime as lowering
     except ImportError as error:
-        raise BackendError(
-            f"building an engine needs onnx-ir, which cannot be imported ({error}); "
-            "install it with: pip install 'llava-deploy[build]'"
-        ) from error
+        raise lacks_onnx_ir(error) from error
     return {VISION_GRAPH: lowering.vision_passes(), DECODER_GRAPH: lowering.decoder_passes()}
 
 

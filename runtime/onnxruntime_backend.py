@@ -129,14 +129,7 @@ class OnnxRuntimeDecoder:
         pictures: Sequence[Placement] = (),
     ) -> np.ndarray:
         """Run the decoder over new tokens; see :class:`DecoderSession`."""
-        seq = inputs_embeds.shape[1]
-        feed = {
-            "inputs_embeds": with_features(inputs_embeds, pictures),
-            "position_ids": step_positions(write_indices, seq),
-            "write_indices": write_indices,
-            "attention_mask": step_mask(write_indices, seq),
-            "last_index": last_index,
-        }
+        feed = step_feed(inputs_embeds, write_indices, last_index, pictures)
         # Held until the run is over: an OrtValue does not own the array's memory, and a binding owns no OrtValue.
         values = {name: self._value(array) for name, array in feed.items()}
         for name, value in values.items():
@@ -150,6 +143,20 @@ class OnnxRuntimeDecoder:
     def _value(self, array: np.ndarray) -> onnxruntime.OrtValue:
         """An ``OrtValue`` over the array's own memory."""
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def step_feed(
+    inputs_embeds: np.ndarray, write_indices: np.ndarray, last_index: np.ndarray, pictures: Sequence[Placement]
+) -> dict[str, np.ndarray]:
+    """The decoder's inputs beside its cache, by name; arguments as :meth:`DecoderSession.step` has them."""
+    seq = inputs_embeds.shape[1]
+    return {
+        "inputs_embeds": with_features(inputs_embeds, pictures),
+        "position_ids": step_positions(write_indices, seq),
+        "write_indices": write_indices,
+        "attention_mask": step_mask(write_indices, seq),
+        "last_index": last_index,
+    }
 
 
 def _cache_dtype(session: onnxruntime.InferenceSession) -> np.dtype:

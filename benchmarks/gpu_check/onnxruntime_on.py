@@ -20,10 +20,10 @@ from llava_deploy.engines.lowering.group_query_attention import LowerGroupQueryA
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH
 from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY
 from llava_deploy.runtime import Llava
-from llava_deploy.runtime.backend import Placement, step_mask, step_positions
+from llava_deploy.runtime.backend import Placement
 from llava_deploy.runtime.bundle import open_bundle
 from llava_deploy.runtime.encoding import PromptEncoder
-from llava_deploy.runtime.new_tokens import with_features
+from llava_deploy.runtime.onnxruntime_backend import step_feed
 
 Form = Literal["canonical", "lowered"]
 """Of the decoder: as in the bundle, or with GroupQueryAttention, as ``build`` makes it for the CPU."""
@@ -124,14 +124,7 @@ class YardstickDecoder:
         pictures: Sequence[Placement] = (),
     ) -> np.ndarray:
         """Run the decoder over new tokens."""
-        seq = inputs_embeds.shape[1]
-        feed = {
-            "inputs_embeds": with_features(inputs_embeds, pictures),
-            "position_ids": step_positions(write_indices, seq),
-            "write_indices": write_indices,
-            "attention_mask": step_mask(write_indices, seq),
-            "last_index": last_index,
-        }
+        feed = step_feed(inputs_embeds, write_indices, last_index, pictures)
         values = {name: self._place.value(array) for name, array in feed.items()}
         for name, value in values.items():
             self._binding.bind_ortvalue_input(name, value)

@@ -9,24 +9,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from llava_deploy.engines.contract import GraphSpec
 from llava_deploy.engines.engine_manifest import (
     DECODER_PLAN,
-    ENGINE_FORMAT_VERSION,
-    ENGINE_MANIFEST,
     VISION_PLAN,
     EngineKey,
-    EngineManifest,
     graphs_size,
     is_current,
     source_digest,
+    write_engine_manifest,
 )
-from llava_deploy.engines.errors import BackendError, OptionError
+from llava_deploy.engines.errors import BackendError, OptionError, lacks_onnx_ir
 from llava_deploy.engines.integrity import Integrity, check_files
-from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest, describe_file, read_manifest
+from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest, read_manifest
 from llava_deploy.engines.staging import require_space, staged_directory, write_error
 from llava_deploy.engines.tensorrt.adapter import (
     require_supported,
@@ -157,11 +154,7 @@ def build_tensorrt(
     give_back_freed_memory()
     try:
         with staged_directory(output, replace=True) as staging:
-            files = tuple(_build_graph(build, graph, staging) for graph in _graphs(build))
-            entries = tuple(describe_file(staging, name) for name in files)
-            tools = {name: version(name) for name in ("llava-deploy", "onnx-ir")}
-            text = EngineManifest(ENGINE_FORMAT_VERSION, key, tools, entries).to_json()
-            (staging / ENGINE_MANIFEST).write_text(text, encoding="utf-8")
+            write_engine_manifest(staging, key, [_build_graph(build, graph, staging) for graph in _graphs(build)])
     except OSError as error:
         raise write_error(output, error) from error
     return output
@@ -221,10 +214,7 @@ def _lower(build: _Build, graph: _Graph, directory: Path) -> tuple[Path, Expecte
         from llava_deploy.engines.lowering.files import lower_beside
         from llava_deploy.engines.lowering.tensorrt import decoder_passes, vision_passes
     except ImportError as error:
-        raise BackendError(
-            f"building an engine needs onnx-ir, which cannot be imported ({error}); "
-            "install it with: pip install 'llava-deploy[build]'"
-        ) from error
+        raise lacks_onnx_ir(error) from error
     recipe = build.recipe
     is_vision = graph.source == VISION_GRAPH
     passes = vision_passes(build.release) if is_vision else decoder_passes(recipe.cache, recipe.limits.max_len)

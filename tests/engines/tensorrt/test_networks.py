@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+from tensorrt_families import KINDS
 
 from llava_deploy.engines.engine_manifest import DECODER_PLAN, VISION_PLAN, read_engine_manifest
 from llava_deploy.engines.lowering.files import lower_beside
@@ -27,21 +28,7 @@ from llava_deploy.engines.tensorrt_module import TensorRtModule, import_tensorrt
 
 MakeBundle = Callable[[str, str], Path]
 
-FAMILIES = [
-    "demo",
-    "llava-1.5",
-    "grouped heads, wide head_dim",
-    "one key head, tied embeddings",
-    "all biases, linear rope",
-    "llama3 rope, gelu decoder",
-    "two feature layers, cls kept",
-    "first feature layer, gelu tower",
-    "patches do not fill the picture",
-    "linear projector",
-    "mlp3x_gelu projector",
-    "identity projector",
-    "heads without a fused kernel",
-]
+FAMILIES = ["demo", *KINDS, "heads without a fused kernel"]
 STORED = [
     "fp32",
     "fp16",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from tensorrt_families import KINDS
 
 from llava_deploy.exporter.demo.scenes import Split, examples
 from llava_deploy.runtime import Llava
@@ -22,19 +23,6 @@ MakeBundle = Callable[[str, str], Path]
 MAX_LEN = 96
 NEW_TOKENS = 12
 DIALECTS = {"in-place": ("tensorrt-rtx", None), "growing": ("tensorrt", "10.3.0.26")}
-KINDS = [
-    "llava-1.5",
-    "grouped heads, wide head_dim",
-    "one key head, tied embeddings",
-    "all biases, linear rope",
-    "llama3 rope, gelu decoder",
-    "two feature layers, cls kept",
-    "first feature layer, gelu tower",
-    "patches do not fill the picture",
-    "linear projector",
-    "mlp3x_gelu projector",
-    "identity projector",
-]
 
 
 def on_fake_gpu(bundle: Path, dialect: str, gpu: FakeGpu) -> Llava:
