@@ -67,6 +67,9 @@ class DecoderSession(Protocol):
     max_seq: int
     """New tokens of a row that one step takes."""
 
+    run_seconds: float
+    """Of all steps so far, spent in the backend, waits for it included; the rest of a step is Python's."""
+
     def begin(self, batch: int) -> None:
         """Have a cache for ``batch`` rows; the contents of one that is kept from before stay valid.
 

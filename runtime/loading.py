@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from llava_deploy.engines.engine_manifest import DECODER_PLAN, VISION_PLAN
 from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.engines.integrity import Integrity
+from llava_deploy.engines.names import Backend
 from llava_deploy.engines.tensorrt_module import SPOKEN
 from llava_deploy.runtime.backend import DecoderSession, VisionSession
 from llava_deploy.runtime.backend_choice import OnnxRuntimeChoice, Wanted, choose, fall_back
@@ -20,10 +21,11 @@ DEFAULT_MAX_LEN = 4096
 
 @dataclass(frozen=True)
 class Sessions:
-    """Both graphs, loaded, and a sentence for people: which backend runs, and why a better one does not."""
+    """Both graphs, loaded, what runs them, and a sentence for people: which backend, and why a better one does not."""
 
     vision: VisionSession
     decoder: DecoderSession
+    backend: Backend
     reason: str
 
 
@@ -55,7 +57,7 @@ def _open_onnxruntime(bundle: Bundle, choice: OnnxRuntimeChoice, wanted: Wanted)
     options = OnnxRuntimeOptions(wanted.threads, choice.accuracy_level)
     vision = OnnxRuntimeVision(choice.vision, bundle.manifest.vision, options)
     decoder = OnnxRuntimeDecoder(choice.decoder, shape, slots, options)
-    return Sessions(vision, decoder, choice.reason)
+    return Sessions(vision, decoder, "onnxruntime", choice.reason)
 
 
 def _open_tensorrt(bundle: Bundle, choice: TensorRtChoice) -> Sessions:
@@ -67,4 +69,5 @@ def _open_tensorrt(bundle: Bundle, choice: TensorRtChoice) -> Sessions:
     plans = open_plans(choice.directory, (VISION_PLAN, DECODER_PLAN), choice.module, choice.device)
     vision = TensorRtVision(plans[0], bundle.manifest.vision)
     kind = TensorRtDecoder if choice.recipe.cache == "in-place" else GrowingDecoder
-    return Sessions(vision, kind(plans[1], bundle.manifest.decoder, choice.max_len), choice.reason)
+    decoder = kind(plans[1], bundle.manifest.decoder, choice.max_len)
+    return Sessions(vision, decoder, choice.module.backend, choice.reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,7 @@ class OnnxRuntimeDecoder:
         self._cache_dtype = _cache_dtype(self._session)
         self.max_len = max_len
         self.max_seq = min(PREFILL_TOKENS, max_len)
+        self.run_seconds = 0.0
         self._batch = 0
 
     def begin(self, batch: int) -> None:
@@ -134,10 +136,12 @@ class OnnxRuntimeDecoder:
         values = {name: self._value(array) for name, array in feed.items()}
         for name, value in values.items():
             self._binding.bind_ortvalue_input(name, value)
+        began = time.perf_counter()
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed in the decoder: {_cause(error)}; {_VERIFY}") from error
+        self.run_seconds += time.perf_counter() - began
         return self._logits
 
     def _value(self, array: np.ndarray) -> onnxruntime.OrtValue:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,7 @@ class TensorRtDecoder:
         engine.require(shape.spec(limits.max_batch))
         self.max_len = max_len
         self.max_seq = min(limits.max_seq, max_len)
+        self.run_seconds = 0.0
         self._limits = limits
         self._engine = engine
         self._device = engine.device
@@ -106,7 +108,9 @@ class TensorRtDecoder:
             return self._read(held, inputs_embeds, write_indices, last_index, pictures)
         step = self._steps.get(batch, bucket(total, self._limits.max_len))
         self._fill(step.arrays, inputs_embeds, write_indices, last_index)
+        began = time.perf_counter()
         logits = step.run()
+        self.run_seconds += time.perf_counter() - began
         if self._captures:
             self._captures = capture_or_warn(step)
         return logits
@@ -125,9 +129,11 @@ class TensorRtDecoder:
         self._fill(arrays, inputs_embeds, write_indices, last_index)
         place_pictures(self._device, arrays, pictures)
         self._bind_inputs(self._prefill, arrays, held)
+        began = time.perf_counter()
         self._prefill.run()
         logits = held.logits.download(batch)
         self._device.synchronize()
+        self.run_seconds += time.perf_counter() - began
         return logits
 
     def _make_step(self, batch: int, total: int) -> Step:

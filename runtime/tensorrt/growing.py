@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,7 @@ class GrowingDecoder:
         engine.require(shape.growing_spec(limits.max_batch))
         self.max_len = max_len
         self.max_seq = min(limits.max_seq, max_len)
+        self.run_seconds = 0.0
         self._limits = limits
         self._device = engine.device
         self._shape = shape
@@ -116,9 +118,11 @@ class GrowingDecoder:
         arrays.host["last_index"][:] = last_index
         place_pictures(self._device, arrays, pictures)
         self._bind(context, arrays, held, (batch, self._shape.kv_heads, places.past_len, self._shape.head_dim))
+        began = time.perf_counter()
         context.run()
         logits = held.logits.download(batch)
         self._device.synchronize()
+        self.run_seconds += time.perf_counter() - began
         return logits
 
     def _allocate(self, rows: int) -> _Held:
