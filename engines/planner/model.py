@@ -18,7 +18,7 @@ from llava_deploy.engines.tensorrt_recipe import EngineLimits
 
 _FLOAT_BITS = 16  # or more; quantised values have fewer
 _QUANTIZED_PARTS = ("_scale", "_zero_point", "_permutation")
-_TABLES = ("position_embedding.weight", ".cos", ".sin")
+TABLES = ("position_embedding.weight", ".cos", ".sin")
 """Matrices that nothing is multiplied with."""
 
 
@@ -60,7 +60,7 @@ class GraphWeights:
 
 
 def _is_matrix(tensor: TensorSize) -> bool:
-    return len(tensor.shape) == 2 and not tensor.name.endswith((*_QUANTIZED_PARTS, *_TABLES))
+    return len(tensor.shape) == 2 and not tensor.name.endswith((*_QUANTIZED_PARTS, *TABLES))
 
 
 @dataclass(frozen=True)

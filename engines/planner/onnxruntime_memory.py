@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from llava_deploy.engines.names import FEATURES_KEPT
 from llava_deploy.engines.planner.memory import Memory, Part
-from llava_deploy.engines.planner.model import GraphWeights, PlannedModel, Sizes
+from llava_deploy.engines.planner.model import TABLES, GraphWeights, PlannedModel, Sizes
 
 _MB = 10**6
 _FLOAT = 4  # bytes of a float32
@@ -66,6 +66,19 @@ def onnxruntime_run_memory(model: PlannedModel, sizes: Sizes) -> Memory:
         _RUN_LIBRARIES,
     )
     return Memory(parts)
+
+
+def onnxruntime_decode_bytes(model: PlannedModel, batch: int, slots: int) -> int:
+    """Bytes that a decode step has to read: the decoder's weights once, and ``slots`` of each of ``batch`` rows.
+
+    Floats as the engine has them, float32; quantised matrices with their scales and zero points as the bundle has them,
+    which is the least that any form of them takes: what ONNX Runtime reads beside is no part of the bound. Of the
+    tables of rotary positions a step reads a row.
+    """
+    decoder = _graphs(model)[-1]
+    tables = sum(t.nbytes for t in model.decoder_weights.tensors if t.name.endswith(TABLES))
+    cache = batch * slots * _widened(model, model.cache_bytes_per_slot)
+    return decoder.floats - _widened(model, tables) + decoder.quantized + cache
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from llava_deploy.engines.planner.build import build_memory
 from llava_deploy.engines.planner.export import export_memory
 from llava_deploy.engines.planner.memory import Memory
 from llava_deploy.engines.planner.model import PlannedModel, Sizes
-from llava_deploy.engines.planner.run import cache_form_of, decode_bytes, run_memory
+from llava_deploy.engines.planner.run import cache_form_of, decode_bound, run_memory
 
 Stage = Literal["export", "build", "run"]
 MOST_ROWS = 1024
@@ -150,7 +150,7 @@ def _planned(stage: Stage, backend: Backend, model: PlannedModel, board: Board, 
     speed = None
     if backend != "onnxruntime" and board.bandwidth is not None:
         empty, full = (
-            board.bandwidth * sizes.max_batch / decode_bytes(model, sizes.max_batch, slots)
+            decode_bound(model, backend, sizes.max_batch, slots, board.bandwidth).tokens_per_second
             for slots in (0, sizes.max_len)
         )
         speed = Speed(empty, full)

@@ -1,12 +1,14 @@
-"""Memory at the peak of a run, and what a decode step reads."""
+"""Memory at the peak of a run, what a decode step reads, and the speed that this allows."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from llava_deploy.engines.names import Backend, CacheForm
 from llava_deploy.engines.planner.boards import Board
 from llava_deploy.engines.planner.memory import Memory
 from llava_deploy.engines.planner.model import PlannedModel, Sizes
-from llava_deploy.engines.planner.onnxruntime_memory import onnxruntime_run_memory
+from llava_deploy.engines.planner.onnxruntime_memory import onnxruntime_decode_bytes, onnxruntime_run_memory
 from llava_deploy.engines.planner.tensorrt_memory import engine_bytes, tensorrt_run_memory
 from llava_deploy.engines.tensorrt.constructs import cache_form, parse_release
 
@@ -28,7 +30,28 @@ def run_memory(model: PlannedModel, backend: Backend, sizes: Sizes, cache: Cache
     return tensorrt_run_memory(model, sizes, cache)
 
 
-def decode_bytes(model: PlannedModel, batch: int, slots: int) -> int:
-    """Bytes that one decode step of ``batch`` rows reads of a device's memory: weights once, and each row's cache."""
+def decode_bytes(model: PlannedModel, backend: Backend, batch: int, slots: int) -> int:
+    """Bytes that one decode step of ``batch`` rows has to read: weights once, and ``slots`` of each row's cache."""
+    if backend == "onnxruntime":
+        return onnxruntime_decode_bytes(model, batch, slots)
     tied = model.embedding_bytes if model.is_tied else 0
     return engine_bytes(model.decoder_weights) + tied + batch * slots * model.cache_bytes_per_slot
+
+
+@dataclass(frozen=True)
+class DecodeBound:
+    """What the memory's bandwidth allows of a decode step.
+
+    Attributes:
+        step_bytes: that it has to read.
+        tokens_per_second: of all rows together, at most.
+    """
+
+    step_bytes: int
+    tokens_per_second: float
+
+
+def decode_bound(model: PlannedModel, backend: Backend, batch: int, slots: int, bandwidth: float) -> DecodeBound:
+    """The fastest that ``batch`` rows can decode behind ``slots`` of the cache, at ``bandwidth`` bytes a second."""
+    step_bytes = decode_bytes(model, backend, batch, slots)
+    return DecodeBound(step_bytes, bandwidth * batch / step_bytes)

@@ -14,7 +14,7 @@ from llava_deploy.engines.planner.boards import BOARDS, Board, find_board
 from llava_deploy.engines.planner.memory import Memory, Part
 from llava_deploy.engines.planner.model import PlannedModel, Sizes
 from llava_deploy.engines.planner.plan import MOST_ROWS, Plan, StagePlan, fits, plan, resolve_sizes
-from llava_deploy.engines.planner.run import cache_form_of, decode_bytes, run_memory
+from llava_deploy.engines.planner.run import cache_form_of, decode_bound, decode_bytes, run_memory
 
 SevenB = Callable[..., PlannedModel]
 GB = 10**9
@@ -121,8 +121,18 @@ def test_decode_speed_is_bandwidth_over_what_a_step_reads(seven_b: SevenB) -> No
 
 
 def test_int4_reads_a_quarter_of_fp16_and_its_scales(seven_b: SevenB) -> None:
-    fp16, int4 = (decode_bytes(seven_b(precision), 1, 0) for precision in ("fp16", "int4"))
+    fp16, int4 = (decode_bytes(seven_b(precision), "tensorrt", 1, 0) for precision in ("fp16", "int4"))
     assert 0.27 < int4 / fp16 < 0.31  # the output layer is fp16 in both
+
+
+def test_on_a_cpu_floats_are_read_in_float32_and_quantised_values_as_they_are(seven_b: SevenB) -> None:
+    layers, head = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 4096 * 32064
+    fp16, int4 = (decode_bytes(seven_b(precision), "onnxruntime", 1, 0) for precision in ("fp16", "int4"))
+    assert fp16 == pytest.approx(4 * (layers + head), rel=1e-3)  # norms are less than a thousandth of it
+    assert int4 == pytest.approx(layers / 2 + layers / 128 * (2 + 1 / 2) + 4 * head, rel=1e-3)
+    bound = decode_bound(seven_b("fp16"), "onnxruntime", 4, 1000, 20e9)
+    assert bound.step_bytes - fp16 == 4 * 1000 * 2 * 32 * 4096 * 4
+    assert bound.tokens_per_second == pytest.approx(4 * 20e9 / bound.step_bytes)
 
 
 def test_a_growing_cache_is_there_twice(seven_b: SevenB) -> None:
