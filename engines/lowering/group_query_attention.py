@@ -11,12 +11,13 @@ Where q, k and v are the parts of one product, the operator takes that product a
 On the CPU that operator refuses several rows with several tokens each behind a past (a long batch's prompts, in
 pieces). So each layer becomes an ``If``: such a step takes the canonical operators, which are moved into its one branch
 as they are, and every other step takes GroupQueryAttention in the other. Both branches write into the bound buffers.
-The branch costs some 10 µs a layer and token.
+The branch costs some 10 µs a layer and token; a graph that is never given such a step is spared it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 
 import onnx_ir as ir
 
@@ -27,8 +28,18 @@ _HEAD_DIM = 16  # and its multiples: what the operator rotates in full
 _HEADS_FIRST = (0, 2, 1, 3)  # [batch, seq, heads, head_dim] to [batch, heads, seq, head_dim], and back
 
 
+class Steps(Enum):
+    """What a lowered graph is given."""
+
+    ANY = auto()
+    ONE_ROW_OR_TOKEN = auto()
+    """One row of any number of tokens, or any number of rows of one token each."""
+
+
 class LowerGroupQueryAttention(ir.passes.InPlacePass):
     """``Attention`` over a sliced cache becomes ``If``: canonical in one branch, ``GroupQueryAttention`` in the other.
+
+    For :attr:`Steps.ONE_ROW_OR_TOKEN` it becomes ``GroupQueryAttention`` alone.
 
     Requires, of the graph: inputs named as :class:`~llava_deploy.engines.contract.DecoderShape` has them. Of whoever
     runs it, which no graph can show: ``position_ids`` are ``write_indices + j``, the mask is causal up to them, and
@@ -44,13 +55,17 @@ class LowerGroupQueryAttention(ir.passes.InPlacePass):
     ``head_dim`` that is no multiple of 16; any of the values in between used by others.
     """
 
+    def __init__(self, steps: Steps = Steps.ANY) -> None:
+        super().__init__()
+        self._steps = steps
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the graph."""
         graph = model.graph
         layers = [layer for node in graph if node.op_type == "Attention" and (layer := _layer(node)) is not None]
         if layers:
             graph.opset_imports.setdefault(_DOMAIN, 1)
-            lengths = _lengths(graph)
+            lengths = _lengths(graph, self._steps)
             for index, layer in enumerate(layers):
                 _lower(graph, layer, lengths, f"attention.{index}")
         return ir.passes.PassResult(model, modified=bool(layers))
@@ -79,7 +94,7 @@ class _Lengths:
 
     last: ir.Value  # int32 [batch]: each row's last slot that is visible
     total: ir.Value  # int32 scalar: slots of the longest row
-    refused: ir.Value  # bool scalar: a step that the operator refuses
+    refused: ir.Value | None  # bool scalar: a step that the operator refuses; None where there is none
 
 
 class _OtherFormError(Exception):
@@ -186,27 +201,29 @@ def _leaks(nodes: set[ir.Node], results: tuple[ir.Value, ...]) -> bool:
     return any(value.is_graph_output() or any(use.node not in nodes for use in value.uses()) for value in inner)
 
 
-def _lengths(graph: ir.Graph) -> _Lengths:
+def _lengths(graph: ir.Graph, steps: Steps) -> _Lengths:
     inputs = {value.name: value for value in graph.inputs}
     embeds, write = inputs["inputs_embeds"], inputs["write_indices"]
     op = NodeList(graph, "attention.lengths")
     one, int32 = op.integers([1]), int(ir.DataType.INT32)
-    batch, seq = op.add("Shape", embeds, start=0, end=1), op.add("Shape", embeds, start=1, end=2)
+    seq = op.add("Shape", embeds, start=1, end=2)
     ends = op.add("Add", write, seq)  # [batch]
     total = op.add("ReduceMax", ends, keepdims=1)  # [1]
-    several = op.add("And", op.add("Greater", batch, one), op.add("Greater", seq, one))
-    refused = op.add("And", several, op.add("Greater", total, seq))
     lengths = _Lengths(
         last=op.add("Cast", op.add("Sub", ends, one), to=int32),
         total=op.add("Squeeze", op.add("Cast", total, to=int32)),
-        refused=op.add("Squeeze", refused),
+        refused=None,
     )
+    if steps is Steps.ANY:
+        batch = op.add("Shape", embeds, start=0, end=1)
+        several = op.add("And", op.add("Greater", batch, one), op.add("Greater", seq, one))
+        lengths = replace(lengths, refused=op.add("Squeeze", op.add("And", several, op.add("Greater", total, seq))))
     op.insert_before(graph[0])
     return lengths
 
 
 def _lower(graph: ir.Graph, layer: _Layer, lengths: _Lengths, name: str) -> None:
-    """The canonical nodes move into one branch; what they gave is the result of the ``If`` now."""
+    """The canonical nodes move into one branch, or go; what they gave is the result of what takes their place."""
     results = tuple(_like(value, str(value.name)) for value in layer.results)
     for old, new in zip(layer.results, results, strict=True):
         for node, index in [(use.node, use.idx) for use in old.uses() if use.node not in layer.nodes]:
@@ -215,15 +232,20 @@ def _lower(graph: ir.Graph, layer: _Layer, lengths: _Lengths, name: str) -> None
             if output is old:
                 graph.outputs[index] = new
         old.name = f"{new.name}.canonical"
+    alone = lengths.refused is None
     lowered = ir.node(
         "GroupQueryAttention",
         inputs=[*layer.projections, *layer.past, lengths.last, lengths.total, *layer.tables],
         attributes={"num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "do_rotary": 1},
         domain=_DOMAIN,
-        outputs=[_like(value, f"{value.name}.lowered") for value in results],
+        outputs=results if alone else [_like(value, f"{value.name}.lowered") for value in results],
         name=f"{name}.GroupQueryAttention",
     )
     place = layer.nodes[-1]
+    if alone:
+        graph.insert_after(place, lowered)
+        graph.remove(layer.nodes, safe=True)
+        return
     choice = ir.node("If", inputs=[lengths.refused], outputs=results, name=name)
     graph.insert_after(place, choice)
     graph.remove(layer.nodes)

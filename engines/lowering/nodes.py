@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -83,9 +83,19 @@ class NodeList:
 
     def add(self, op_type: str, *inputs: ir.Value, **attributes: int | Sequence[int]) -> ir.Value:
         """A node with one output, which is returned."""
+        return self._add("", op_type, inputs, attributes)
+
+    def add_of(self, domain: str, op_type: str, *inputs: ir.Value) -> ir.Value:
+        """A node of another domain than ONNX's own, without attributes; as :meth:`add`."""
+        return self._add(domain, op_type, inputs, {})
+
+    def _add(
+        self, domain: str, op_type: str, inputs: Sequence[ir.Value], attributes: Mapping[str, int | Sequence[int]]
+    ) -> ir.Value:
         name = f"{self._prefix}.{op_type}_{len(self._nodes)}"
         output = ir.Value(name=f"v_{name}")
-        self._nodes.append(ir.node(op_type, inputs=inputs, attributes=attributes, outputs=[output], name=name))
+        node = ir.node(op_type, inputs=inputs, attributes=attributes, domain=domain, outputs=[output], name=name)
+        self._nodes.append(node)
         return output
 
     def cast(self, value: ir.Value, have: ir.DataType | None, want: ir.DataType | None) -> ir.Value:
