@@ -20,6 +20,7 @@ from llava_deploy.runtime.context import FeatureCache
 from llava_deploy.runtime.new_tokens import NewTokens, splice_rows
 from llava_deploy.runtime.pictures import PictureSource, load_picture, picture_digest
 from llava_deploy.runtime.preprocess import preprocess_batch
+from llava_deploy.runtime.token_texts import TokenTexts
 from llava_deploy.runtime.tokenize import tokenize_prompt
 
 
@@ -72,6 +73,7 @@ class PromptEncoder:
         self._features = FeatureCache()
         self._table = _load_table(bundle)
         self.tokenizer = _load_tokenizer(bundle)
+        self.token_texts = TokenTexts(self.tokenizer)
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """int64 ids ``[n]`` to embeddings ``[n, hidden]``.
@@ -80,7 +82,7 @@ class PromptEncoder:
             PromptError: an id outside the vocabulary.
         """
         vocab = len(self._table)
-        if ids.size and not (ids.min() >= 0 and ids.max() < vocab):
+        if ids.size and ids.view(np.uint64).max() >= vocab:  # as unsigned, negative ids are the greatest
             wrong = int(ids[(ids < 0) | (ids >= vocab)][0])
             raise PromptError(
                 f"token id {wrong} is outside the vocabulary of {vocab}; the tokenizer and the model differ: "

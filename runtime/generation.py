@@ -31,10 +31,8 @@ class GenerationLimits:
 class Row:
     """One answer in the making."""
 
-    def __init__(self, text: TextStream, history: Sequence[int], length: int) -> None:
+    def __init__(self, text: TextStream, length: int) -> None:
         self.text = text
-        self.history = list(history)
-        """Ids that the repetition penalty looks at: the prompt's, then the chosen tokens."""
         self.length = length
         """Slots of the cache that are this row's: the index that its next key goes to."""
         self.new_tokens: list[int] = []
@@ -44,7 +42,6 @@ class Row:
     def accept(self, token: int, limits: GenerationLimits, max_len: int) -> None:
         """Take the chosen token; set ``finish_reason`` where it is the last."""
         self.new_tokens.append(token)
-        self.history.append(token)
         if token in limits.stop_token_ids:
             self._finish("stop")
             return
@@ -121,7 +118,7 @@ class Generation:
             yield
 
     def _choose(self, logits: np.ndarray) -> np.ndarray:
-        chosen = self._sampler.choose(logits, [row.history for row in self.rows])
+        chosen = self._sampler.choose(logits)
         for row, token in zip(self.rows, chosen.tolist(), strict=True):
             if row.finish_reason is None:
                 row.accept(token, self._limits, self._decoder.max_len)

@@ -197,11 +197,8 @@ class Llava:
         if not isinstance(sampling, SamplingOptions):
             raise InputError(f"sampling: want SamplingOptions, got {type(sampling).__name__}; make one of its values")
         stops = (*self.manifest.chat.stop_strings, *stop)
-        rows = [
-            Row(TextStream(self.encoder.tokenizer, stops), history, length)
-            for history, length in zip(batch.seen_ids, batch.tokens.lengths.tolist(), strict=True)
-        ]
-        sampler = Sampler(sampling, len(rows))
+        rows = [Row(TextStream(self.encoder.token_texts, stops), length) for length in batch.tokens.lengths.tolist()]
+        sampler = Sampler(sampling, batch.seen_ids)
         reused = self._claim_cache(batch)
         return Generation(self.decoder, sampler, limits, rows), reused
 

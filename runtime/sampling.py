@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava_deploy.engines.errors import BackendError, ContractError, OptionError
+from llava_deploy.runtime.drawing import Drawer
 
 
 def _is_number(value: object) -> bool:
@@ -57,98 +58,102 @@ GREEDY = SamplingOptions()
 
 
 class Sampler:
-    """Chooses for the rows of one batch.
+    """Chooses for the rows of one batch, and remembers what it chose.
 
     Each row draws from a generator of its own, all with the same seed: what a row draws does not depend on the rows
     beside it, and equal rows draw equally.
+
+    Args:
+        options: how.
+        seen: for each row, the token ids before the first that is chosen; ids that are not in the vocabulary count for
+            nothing. Read only where there is a repetition penalty.
     """
 
-    def __init__(self, options: SamplingOptions, rows: int) -> None:
+    def __init__(self, options: SamplingOptions, seen: Sequence[Sequence[int] | np.ndarray]) -> None:
         self._options = options
-        self._generators = [np.random.default_rng(options.seed) for _ in range(rows)]
+        self._prompts = seen
+        self._vocab = -1
 
-    def choose(self, logits: np.ndarray, history: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+    def choose(self, logits: np.ndarray) -> np.ndarray:
         """The next token of each row.
 
         Args:
             logits: float32 [batch, vocab]; not changed.
-            history: the token ids before, of each row; ids that are not in the vocabulary count for nothing. Read
-                only where there is a repetition penalty.
 
         Returns:
             int64 [batch]; of equally likely tokens, greedy takes the one with the lowest id.
 
         Raises:
             BackendError: a row's logits hold a NaN, or no finite greatest value.
-            ContractError: another number of rows than the sampler was made for.
+            ContractError: another number of rows than the sampler was made for, or of tokens than at first.
         """
-        rows = len(self._generators)
-        if logits.ndim != 2 or len(logits) != rows or len(history) != rows:
-            found = f"{list(logits.shape)} and {len(history)}"
-            raise ContractError(f"sampler: want logits [{rows}, vocab] and {rows} histories, got {found}")
-        best: np.ndarray = logits.argmax(axis=1)  # [batch]; the first NaN, where there is one
-        greatest = logits[np.arange(rows), best]
-        if not np.isfinite(greatest).all():
-            row = int(np.flatnonzero(~np.isfinite(greatest))[0])
-            raise BackendError(
-                f"logits of row {row}: want finite values, found {greatest[row]} at token {best[row]}; the model's "
-                "values overflowed or a weight is damaged: try the fp32 export, and llava-deploy verify"
-            )
-        if self._options.repetition_penalty == 1 and self._options.temperature == 0:
-            return best
-        for row in range(rows):
-            scores = self._penalised(logits[row], history[row])
-            best[row] = scores.argmax() if self._options.temperature == 0 else self._draw(scores, row)
-        return best
+        rows = len(self._prompts)
+        if self._vocab < 0 and logits.ndim == 2:
+            self._prepare(logits.shape[1])
+        if logits.shape != (rows, self._vocab):
+            want = f"[{rows}, {self._vocab if self._vocab >= 0 else 'vocab'}]"
+            raise ContractError(f"sampler: want logits {want}, got {list(logits.shape)}")
+        chosen = [int(scores.argmax()) for scores in logits]  # the first NaN, where there is one
+        for row, token in enumerate(chosen):
+            # Plain numbers, not arrays: behind a decode step each of NumPy's functions costs tens of microseconds.
+            if not math.isfinite(logits[row, token]):
+                raise BackendError(
+                    f"logits of row {row}: want finite values, found {logits[row, token]} at token {token}; the "
+                    "model's values overflowed or a weight is damaged: try the fp32 export, and llava-deploy verify"
+                )
+        if self._options.repetition_penalty != 1 or self._options.temperature != 0:
+            chosen = [self._chosen(logits[row], row) for row in range(rows)]
+        return np.array(chosen, np.int64)
 
-    def _penalised(self, scores: np.ndarray, history: Sequence[int] | np.ndarray) -> np.ndarray:
-        penalty = np.float32(self._options.repetition_penalty)
-        if penalty == 1:
-            return scores
-        seen = np.asarray(history, np.int64)
-        seen = seen[(seen >= 0) & (seen < len(scores))]
-        before, scores = scores[seen], scores.copy()
-        scores[seen] = np.where(before < 0, before * penalty, before / penalty)
-        return scores
+    def _prepare(self, vocab: int) -> None:
+        self._vocab = vocab
+        if self._options.repetition_penalty != 1:
+            self._seen = [_Seen(ids, vocab) for ids in self._prompts]
+            self._penalised = np.empty(vocab, np.float32)
+        if self._options.temperature != 0:
+            self._drawer = Drawer(self._options, vocab)
+            self._generators = [np.random.default_rng(self._options.seed) for _ in self._prompts]
 
-    def _draw(self, scores: np.ndarray, row: int) -> int:
-        ids, probabilities = distribution(scores, self._options)
-        reached = probabilities.cumsum()
-        at = reached.searchsorted(self._generators[row].random() * reached[-1], side="right")
-        return int(ids[min(int(at), len(ids) - 1)])
-
-
-def distribution(scores: np.ndarray, options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
-    """What a token is drawn from, after temperature, top-k and top-p (not the repetition penalty).
-
-    Args:
-        scores: float32 [vocab], greatest value finite.
-        options: temperature above 0.
-
-    Returns:
-        ids int64 [kept] and their probabilities float64 [kept], which sum to 1.
-    """
-    ids = np.arange(len(scores))
-    if options.top_k is not None and options.top_k < len(scores):
-        least = np.partition(scores, -options.top_k)[-options.top_k]
-        ids = np.flatnonzero(scores >= least)
-    kept = scores[ids].astype(np.float64)
-    with np.errstate(over="ignore"):  # next to no temperature makes a gap infinite, and its weight 0
-        weights = np.exp((kept - kept.max()) / options.temperature)
-    if options.top_p is not None and options.top_p < 1:
-        chosen = _top_p(weights, options.top_p)
-        ids, weights = ids[chosen], weights[chosen]
-    return ids, weights / weights.sum()
+    def _chosen(self, scores: np.ndarray, row: int) -> int:
+        penalty = self._options.repetition_penalty
+        if penalty != 1:
+            np.copyto(self._penalised, scores)
+            scores = self._penalised
+            penalise(scores, self._seen[row].ids, penalty)
+        if self._options.temperature == 0:
+            token = int(scores.argmax())
+        else:
+            token = self._drawer.draw(scores, self._generators[row].random())
+        if penalty != 1:
+            self._seen[row].add(token)
+        return token
 
 
-def _top_p(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Positions that are left when the least likely, up to 1 - top_p of the whole, are taken away; one at least."""
-    spare = weights.sum() * (1 - top_p)
-    # Weights below their even share of what may go all go, whatever their order: the sort sees only the others.
-    others = np.flatnonzero(weights >= spare / len(weights) * (1 - 1e-9))
-    gone = weights.sum() - weights[others].sum()
-    ascending = others[np.argsort(weights[others], kind="stable")]
-    stay = gone + weights[ascending].cumsum() > spare
-    stay[-1] = True
-    left: np.ndarray = ascending[stay]
-    return left
+def penalise(scores: np.ndarray, ids: np.ndarray, penalty: float) -> None:
+    """Apply a repetition penalty to the scores, float32 [vocab], of some tokens, each given once."""
+    factor, before = np.float32(penalty), scores[ids]
+    scores[ids] = np.where(before < 0, before * factor, before / factor)
+
+
+class _Seen:
+    """The tokens that a row has had, each once."""
+
+    def __init__(self, ids: Sequence[int] | np.ndarray, vocab: int) -> None:
+        seen = np.unique(np.asarray(ids, np.int64))
+        seen = seen[(seen >= 0) & (seen < vocab)]
+        self._known = set(seen.tolist())
+        self._ids = np.concatenate([seen, np.zeros(256, np.int64)])
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int64 [seen]; valid until the next is added."""
+        return self._ids[: len(self._known)]
+
+    def add(self, token: int) -> None:
+        """One more."""
+        if token in self._known:
+            return
+        if len(self._known) == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+        self._ids[len(self._known)] = token
+        self._known.add(token)

@@ -8,14 +8,10 @@ keeps the last, incomplete character for ever.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from llava_deploy.engines.errors import PromptError
+from llava_deploy.runtime.token_texts import REPLACEMENT, TokenTexts
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-_REPLACEMENT = "�"
 # An incomplete UTF-8 sequence has 3 bytes at most, and a token one byte at least.
 _LOOK_BACK = 4
 _LONGEST_WINDOW = 8
@@ -26,27 +22,27 @@ class TextStream:
 
     The pieces and the flush together are ``tokenizer.decode(ids, skip_special_tokens=True)``, cut before the stop
     string that is complete first. A run of byte-fallback tokens (``<0xE2>``) is held back until it ends, as only then
-    it is known whether it is text.
+    it is known whether it is text. A token costs the same wherever it stands in the answer, and most cost a look-up.
 
     Args:
-        tokenizer: of the model.
+        texts: of the model's tokenizer.
         stop_strings: texts that end the answer and do not belong to it.
 
     Raises:
         PromptError: a stop string is empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(self, texts: TokenTexts, stop_strings: Sequence[str] = ()) -> None:
         if isinstance(stop_strings, str) or not all(isinstance(stop, str) and stop for stop in stop_strings):
             raise PromptError(f"stop strings: want a list of texts, none of them empty, got {stop_strings!r}")
-        self._tokenizer = tokenizer
-        self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._byte_tokens = {tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)} - {None}
+        self._texts = texts
         self._stops = tuple(stop_strings)
         # The last tokens, and how many characters of their own decoding were passed on. Whatever comes before them
         # does not change how what follows them decodes.
         self._window: list[int] = []
         self._passed = 0
+        # The text ends in a whole character and all of it was passed on: the anchor may stand for it.
+        self._whole = False
         self._held = ""
         self._finished = False
 
@@ -57,17 +53,22 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that is certain now, often none or more than one token's."""
-        if self._finished or token_id in self._special:
+        if self._whole and (plain := self._texts.plain(token_id)) is not None:
+            return self._pass_on(plain)
+        if self._finished or token_id in self._texts.special:
             return ""
-        if self._tokenizer.id_to_token(token_id) is None:
+        if self._texts.tokenizer.id_to_token(token_id) is None:
             return ""  # as decode: ids outside the vocabulary have no text
+        if self._whole:
+            self._restart()
         self._window.append(token_id)
-        if token_id in self._byte_tokens:
+        if token_id in self._texts.byte_tokens:
             return ""
         text = self._decode(self._window)
         # Bytes that are not yet a character decode to exactly one replacement character, at the end.
-        certain = len(text) - text.endswith(_REPLACEMENT)
+        certain = len(text) - text.endswith(REPLACEMENT)
         new, self._passed = text[self._passed : certain], max(self._passed, certain)
+        self._whole = self._texts.anchor is not None and 0 < certain == len(text)
         if len(self._window) > _LONGEST_WINDOW:
             self._shorten(len(text) - self._passed)
         return self._pass_on(new)
@@ -76,14 +77,19 @@ class TextStream:
         """The end of the text, when no token comes any more; incomplete characters become U+FFFD, as in ``decode``."""
         if self._finished:
             return ""
-        text = self._decode(self._window)[self._passed :]
-        self._window, self._passed = [], 0
+        text = "" if self._whole else self._decode(self._window)[self._passed :]
+        self._window, self._passed, self._whole = [], 0, False
         new = self._pass_on(text) + self._held
         self._held = ""
         return new
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return self._texts.decode(ids)
+
+    def _restart(self) -> None:
+        """What comes next is read behind the anchor."""
+        if self._texts.anchor is not None:
+            self._window, self._passed, self._whole = [self._texts.anchor], self._texts.anchor_length, False
 
     def _shorten(self, pending: int) -> None:
         last = self._window[-_LOOK_BACK:]
@@ -94,6 +100,8 @@ class TextStream:
 
     def _pass_on(self, new: str) -> str:
         """Add to what is held back; give what cannot be the beginning of a stop string."""
+        if not self._stops:
+            return new
         text = self._held + new
         ends = []
         for stop in self._stops:
@@ -101,7 +109,7 @@ class TextStream:
             if start >= 0:
                 ends.append((start + len(stop), start))
         if ends:
-            self._finished, self._held = True, ""
+            self._finished, self._whole, self._held = True, False, ""
             return text[: min(ends)[1]]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]

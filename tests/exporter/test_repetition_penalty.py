@@ -15,7 +15,7 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 from llava_deploy.exporter.checkpoint import open_checkpoint
 from llava_deploy.exporter.export import export
 from llava_deploy.runtime import Llava, SamplingOptions
-from llava_deploy.runtime.sampling import Sampler
+from llava_deploy.runtime.sampling import penalise
 
 PROMPT = "What is <image> this?"
 PICTURE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (30, 40, 3), np.uint8))
@@ -72,5 +72,5 @@ def test_scores_as_transformers_penalises_them(make_llava: Any, tmp_path: Path, 
     logits = np.random.default_rng(4).standard_normal(manifest.decoder.vocab_size).astype(np.float32)
     ids = prompt_ids(directory, manifest.vision.patches, prompt)
     wanted = RepetitionPenaltyLogitsProcessor(PENALTY)(ids, torch.from_numpy(logits[None]))[0].numpy()
-    got = Sampler(SamplingOptions(repetition_penalty=PENALTY), 1)._penalised(logits, batch.seen_ids[0])
-    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    penalise(logits, np.unique(batch.seen_ids[0]), PENALTY)
+    np.testing.assert_allclose(logits, wanted, rtol=1e-6)

@@ -85,7 +85,7 @@ def test_extreme_temperatures_warn_nobody(temperature: float) -> None:
     logits = np.array([[1.0, 30.0, -5.0]], np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        chosen = Sampler(SamplingOptions(temperature=temperature, seed=1), 1).choose(logits, [[]])
+        chosen = Sampler(SamplingOptions(temperature=temperature, seed=1), [[]]).choose(logits)
     assert chosen[0] == 1 or temperature > 1
 
 

@@ -14,7 +14,8 @@ from transformers.generation.logits_process import (
 )
 
 from llava_deploy.engines.errors import BackendError, ContractError, InputError
-from llava_deploy.runtime.sampling import GREEDY, Sampler, SamplingOptions, distribution
+from llava_deploy.runtime.drawing import distribution
+from llava_deploy.runtime.sampling import GREEDY, Sampler, SamplingOptions, penalise
 
 
 def expected_probabilities(logits, history, options):
@@ -33,8 +34,9 @@ def expected_probabilities(logits, history, options):
 
 
 def penalised(logits, history, options):
-    greedy = SamplingOptions(repetition_penalty=options.repetition_penalty)
-    return Sampler(greedy, 1)._penalised(logits, history)
+    scores = logits.copy()
+    penalise(scores, np.unique(history), options.repetition_penalty)
+    return scores
 
 
 @settings(max_examples=200, deadline=None)
@@ -70,8 +72,8 @@ def test_draws_follow_the_distribution():
     options = SamplingOptions(temperature=0.8, top_k=6, top_p=0.9, seed=3)
     logits = np.random.default_rng(1).standard_normal((1, 20)).astype(np.float32)
     ids, probabilities = distribution(logits[0], options)
-    sampler = Sampler(options, 1)
-    draws = np.array([sampler.choose(logits, [[]])[0] for _ in range(6_000)])
+    sampler = Sampler(options, [[]])
+    draws = np.array([sampler.choose(logits)[0] for _ in range(6_000)])
     assert set(draws.tolist()) == set(ids.tolist())
     shares = [(draws == token).mean() for token in ids]
     np.testing.assert_allclose(shares, probabilities, atol=0.025)
@@ -81,11 +83,11 @@ def test_a_row_draws_the_same_whatever_is_beside_it():
     options = SamplingOptions(temperature=1.0, top_p=0.95, repetition_penalty=1.2, seed=11)
     steps = np.random.default_rng(0).standard_normal((30, 3, 50)).astype(np.float32) * 2
     history = [[1, 2], [3], [4, 5, 6]]
-    together = Sampler(options, 3)
-    drawn = np.array([together.choose(step, history) for step in steps])
+    together = Sampler(options, history)
+    drawn = np.array([together.choose(step) for step in steps])
     for row in range(3):
-        alone = Sampler(options, 1)
-        again = [alone.choose(step[row : row + 1], history[row : row + 1])[0] for step in steps]
+        alone = Sampler(options, history[row : row + 1])
+        again = [alone.choose(step[row : row + 1])[0] for step in steps]
         assert drawn[:, row].tolist() == again
     assert len({tuple(drawn[:, row]) for row in range(3)}) == 3
 
@@ -94,8 +96,8 @@ def test_seeds_repeat_and_differ():
     logits = np.zeros((1, 1000), np.float32)
 
     def draws(seed):
-        sampler = Sampler(SamplingOptions(temperature=1.0, seed=seed), 1)
-        return [int(sampler.choose(logits, [[]])[0]) for _ in range(8)]
+        sampler = Sampler(SamplingOptions(temperature=1.0, seed=seed), [[]])
+        return [int(sampler.choose(logits)[0]) for _ in range(8)]
 
     assert draws(5) == draws(5)
     assert draws(5) != draws(6)
@@ -106,26 +108,39 @@ def test_greedy_is_argmax_and_the_lowest_of_equals():
     rng = np.random.default_rng(0)
     logits = rng.integers(0, 4, (6, 40)).astype(np.float32)
     logits.setflags(write=False)
-    chosen = Sampler(GREEDY, 6).choose(logits, [[]] * 6)
+    chosen = Sampler(GREEDY, [[]] * 6).choose(logits)
     assert chosen.dtype == np.int64
     assert chosen.tolist() == logits.argmax(1).tolist()
 
 
-def test_the_penalty_counts_each_token_once_in_greedy_too():
+@pytest.mark.parametrize(
+    ("history", "columns", "chosen"),
+    [([0, 0, 0, -200, 999], slice(None), 1), (np.array([0, 1]), slice(None), 0), ([0], slice(2, None), 1)],
+)
+def test_the_penalty_counts_each_token_once_in_greedy_too(history, columns, chosen):
     logits = np.array([[2.0, 1.5, -1.0, -1.1]], np.float32)
     kept = logits.copy()
-    sampler = Sampler(SamplingOptions(repetition_penalty=1.5), 1)
-    assert sampler.choose(logits, [[0, 0, 0, -200, 999]]).tolist() == [1]
-    assert sampler.choose(logits, [np.array([0, 1])]).tolist() == [0]
-    assert sampler.choose(logits[:, 2:], [[0]]).tolist() == [1]
+    sampler = Sampler(SamplingOptions(repetition_penalty=1.5), [history])
+    assert sampler.choose(logits[:, columns]).tolist() == [chosen]
     np.testing.assert_array_equal(logits, kept)
+
+
+def test_the_penalty_is_on_what_was_chosen_too():
+    logits = np.random.default_rng(0).standard_normal((1, 600)).astype(np.float32) + 9
+    sampler = Sampler(SamplingOptions(repetition_penalty=1e3), [[5, 5]])
+    history = [5]
+    for _ in range(500):
+        scores = penalised(logits[0], history, SamplingOptions(repetition_penalty=1e3))
+        assert sampler.choose(logits).tolist() == [scores.argmax()]
+        history.append(int(scores.argmax()))
+    assert len(set(history)) == len(history)
 
 
 def test_infinitely_unlikely_tokens_are_never_drawn():
     logits = np.full((1, 9), -np.inf, np.float32)
     logits[0, 4] = -50.0
     for options in (GREEDY, SamplingOptions(temperature=2.0, seed=0), SamplingOptions(1.0, 3, 0.5, 1.1, 0)):
-        assert Sampler(options, 1).choose(logits, [[4]]).tolist() == [4]
+        assert Sampler(options, [[4]]).choose(logits).tolist() == [4]
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1e9])
@@ -134,7 +149,7 @@ def test_extreme_temperatures(temperature):
     _, probabilities = distribution(logits[0], SamplingOptions(temperature=temperature))
     assert probabilities.sum() == pytest.approx(1)
     if temperature < 1:
-        assert Sampler(SamplingOptions(temperature=temperature), 1).choose(logits, [[]]).tolist() == [1]
+        assert Sampler(SamplingOptions(temperature=temperature), [[]]).choose(logits).tolist() == [1]
 
 
 @pytest.mark.parametrize("options", [GREEDY, SamplingOptions(temperature=1.0, top_k=2, seed=0)])
@@ -142,12 +157,15 @@ def test_extreme_temperatures(temperature):
 def test_logits_that_are_no_numbers_are_refused(options, bad):
     logits = np.array([[0, 1, 2], bad], np.float32)
     with pytest.raises(BackendError, match=r"row 1: want finite values, found (nan|inf|-inf)"):
-        Sampler(options, 2).choose(logits, [[], []])
+        Sampler(options, [[], []]).choose(logits)
 
 
-def test_rows_must_match():
-    with pytest.raises(ContractError, match=r"want logits \[2, vocab\] and 2 histories, got \[1, 3\] and 2"):
-        Sampler(GREEDY, 2).choose(np.zeros((1, 3), np.float32), [[], []])
+def test_logits_must_match():
+    sampler = Sampler(GREEDY, [[], []])
+    with pytest.raises(ContractError, match=r"want logits \[2, 3\], got \[1, 3\]"):
+        sampler.choose(np.zeros((1, 3), np.float32))
+    with pytest.raises(ContractError, match=r"want logits \[2, 3\], got \[2, 4\]"):
+        sampler.choose(np.zeros((2, 4), np.float32))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llava_deploy.engines.errors import PromptError
 from llava_deploy.runtime.textstream import TextStream
+from llava_deploy.runtime.token_texts import TokenTexts
 
 EURO, FACE = "€", "👩‍🚀"
 
@@ -65,7 +66,7 @@ KINDS = {f.__name__: f() for f in (byte_level, byte_fallback, metaspace, wordpie
 
 
 def run(tokenizer, ids, stops=()):
-    stream = TextStream(tokenizer, stops)
+    stream = TextStream(TokenTexts(tokenizer), stops)
     pieces = [stream.push(token) for token in ids]
     return [*pieces, stream.flush()], stream
 
@@ -141,11 +142,11 @@ def test_text_comes_as_soon_as_it_is_certain():
 
 def test_text_that_may_begin_a_stop_string_is_held_back():
     tokenizer = KINDS["no_decoder"]
-    stream = TextStream(tokenizer, ["b b a"])
+    stream = TextStream(TokenTexts(tokenizer), ["b b a"])
     assert [stream.push(token) for token in (0, 1, 1, 1, 0, 0)] == ["a", " ", "", "b ", "", ""]
     assert stream.finished
     assert stream.flush() == ""
-    again = TextStream(tokenizer, ["b b a"])
+    again = TextStream(TokenTexts(tokenizer), ["b b a"])
     assert [again.push(token) for token in (0, 1, 1)] == ["a", " ", ""]
     assert again.flush() == "b b"
     assert not again.finished
@@ -183,7 +184,7 @@ def test_the_cost_of_a_token_does_not_grow(tokens):
             decoded.append(len(ids))
             return super()._decode(ids)
 
-    stream = Counting(tokenizer)
+    stream = Counting(TokenTexts(tokenizer))
     for _ in range(2000):
         for token in ids:
             stream.push(token)
@@ -193,4 +194,4 @@ def test_the_cost_of_a_token_does_not_grow(tokens):
 @pytest.mark.parametrize("stops", ["\n", [""], ["a", ""], [3]])
 def test_stop_strings_are_checked(stops):
     with pytest.raises(PromptError, match="none of them empty"):
-        TextStream(KINDS["no_decoder"], stops)
+        TextStream(TokenTexts(KINDS["no_decoder"]), stops)
