@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from llava_deploy.engines.names import DEFAULT_ACCURACY_LEVEL, AccuracyLevel, Backend, HeadPrecision, Precision
+from llava_deploy.engines.names import (
+    DEFAULT_ACCURACY_LEVEL,
+    AccuracyLevel,
+    Backend,
+    HeadPrecision,
+    Int8Part,
+    Precision,
+)
 from llava_deploy.exporter.quantization.request import QuantizeRequest
 from llava_deploy.runtime.command_build import TensorRtRequest, refuse_tensorrt_options, tensorrt_options
 from llava_deploy.runtime.command_group import (
@@ -250,12 +257,19 @@ def export(
 @_accuracy_level
 @tensorrt_options
 @click.option("--force", is_flag=True, help="Build again what is there already, and where memory may not do.")
+@click.option(
+    "--int8",
+    multiple=True,
+    type=click.Choice(get_args(Int8Part)),
+    help="Of onnxruntime: compute the tower or long steps in 8-bit integers; faster, less exact; repeatable.",
+)
 def build(
     bundle: Path,
     backend: Backend,
     accuracy_level: AccuracyLevel | None,
     tensorrt: TensorRtRequest,
     force: bool,
+    int8: tuple[Int8Part, ...],
 ) -> None:
     """Make a bundle's engine for one backend.
 
@@ -272,9 +286,9 @@ def build(
         from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
 
         with terminal.progress("building", quiet=quiet()):
-            engine = build_onnxruntime(bundle, accuracy_level=accuracy_level, replace=force)
+            engine = build_onnxruntime(bundle, accuracy_level=accuracy_level, int8=int8, replace=force)
     else:
-        refuse_given(f"of no effect with --backend {backend}", "accuracy_level")
+        refuse_given(f"of no effect with --backend {backend}", "accuracy_level", "int8")
         from llava_deploy.engines.tensorrt.builder import build_tensorrt
         from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions
 

@@ -17,14 +17,16 @@ from typing import get_args
 from llava_deploy.engines.errors import BundleError, OptionError
 from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, FileEntry, Manifest, describe_file, from_plain
-from llava_deploy.engines.names import AccuracyLevel, Backend
+from llava_deploy.engines.names import AccuracyLevel, Backend, Int8Part
 from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 
 ENGINES = "engines"
 ENGINE_MANIFEST = "engine.json"
 VISION_PLAN = "vision.plan"
-DECODER_PLAN = "decoder.plan"
-ENGINE_FORMAT_VERSION = 2
+INT8_DECODER_GRAPH = "decoder.int8.onnx"
+"""Of an ONNX Runtime engine: the decoder for steps of many tokens, where those are computed in 8-bit integers."""
+
+ENGINE_FORMAT_VERSION = 3
 LOWERING_VERSION = 3
 """Goes up when a builder makes other graphs of the same bundle, so that older engines are built again."""
 
@@ -41,6 +43,8 @@ class EngineKey:
         accuracy_level: what ONNX Runtime's ``MatMulNBits`` multiplies in; ``None`` where no weight is quantised, and
             of TensorRT, which computes in the graph's floats.
         tensorrt: limits and settings of a TensorRT engine; ``None`` for other backends.
+        int8: what an ONNX Runtime engine computes in 8-bit integers, in the order of
+            :data:`~llava_deploy.engines.names.Int8Part`.
     """
 
     backend: Backend
@@ -49,6 +53,7 @@ class EngineKey:
     source: str
     accuracy_level: AccuracyLevel | None
     tensorrt: TensorRtRecipe | None
+    int8: tuple[Int8Part, ...] = ()
 
     @property
     def directory(self) -> str:
@@ -141,5 +146,8 @@ def is_current(directory: Path, key: EngineKey) -> bool:
         check_files(directory, engine.files, Integrity.FULL, remedy="")
     except BundleError:
         return False  # damaged: build it anew
-    wanted = (VISION_GRAPH, DECODER_GRAPH) if key.tensorrt is None else (VISION_PLAN, DECODER_PLAN)
+    if key.tensorrt is not None:
+        wanted = (VISION_PLAN, *decoder_plans(key.tensorrt))
+    else:
+        wanted = (VISION_GRAPH, DECODER_GRAPH, *([INT8_DECODER_GRAPH] if "prefill" in key.int8 else []))
     return engine.key == key and {entry.path for entry in engine.files}.issuperset(wanted)

@@ -9,13 +9,15 @@ layouts are for the processor that it ran on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, get_args
 
 from llava_deploy.engines.engine_manifest import (
+    INT8_DECODER_GRAPH,
     EngineKey,
     graphs_size,
     is_current,
@@ -23,10 +25,11 @@ from llava_deploy.engines.engine_manifest import (
     source_digest,
     write_engine_manifest,
 )
-from llava_deploy.engines.errors import BackendError, lacks_onnx_ir
+from llava_deploy.engines.errors import BackendError, OptionError, lacks_onnx_ir
 from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, read_manifest
-from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, AccuracyLevel, Precision
+from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, AccuracyLevel, Int8Part, Precision
+from llava_deploy.engines.processor import has_int8_products
 from llava_deploy.engines.staging import require_space, staged_directory, write_error
 
 if TYPE_CHECKING:
@@ -41,7 +44,22 @@ their way to it."""
 _EXTERNAL_FROM = 1024  # bytes: smaller constants stay inside the graph
 
 
-def build_onnxruntime(bundle: Path, *, accuracy_level: AccuracyLevel | None = None, replace: bool = False) -> Path:
+@dataclass(frozen=True)
+class _Graph:
+    """One to build: its file in the bundle, its name in the engine, and what is done to it."""
+
+    source: str
+    name: str
+    passes: Passes
+
+
+def build_onnxruntime(
+    bundle: Path,
+    *,
+    accuracy_level: AccuracyLevel | None = None,
+    int8: Sequence[Int8Part] = (),
+    replace: bool = False,
+) -> Path:
     """Build the engine for the ONNX Runtime that is installed and return its directory.
 
     An engine that is there already, for the same graphs and version, and whole, is kept.
@@ -49,11 +67,15 @@ def build_onnxruntime(bundle: Path, *, accuracy_level: AccuracyLevel | None = No
     Args:
         bundle: a bundle's directory.
         accuracy_level: for quantised weights, instead of what the manifest says.
+        int8: what to compute in 8-bit integers, weights and activations: ``vision``, the tower with its projector;
+            ``prefill``, the decoder's steps of :data:`~llava_deploy.engines.names.INT8_FROM_TOKENS` tokens and more,
+            from weights that lie beside the others then. Values change by some 1 %.
         replace: build it even so.
 
     Raises:
         BundleError: the bundle is damaged.
-        OptionError: an accuracy level for a bundle in which nothing is quantised.
+        OptionError: an accuracy level for a bundle in which nothing is quantised; int8 for what is no part, or on a
+            processor without products of 8-bit integers.
         BackendError: ONNX Runtime or onnx-ir is missing, or ONNX Runtime refuses a graph.
         LlavaDeployError: the bundle's directory cannot be written to, or its disk is full.
     """
@@ -66,27 +88,37 @@ def build_onnxruntime(bundle: Path, *, accuracy_level: AccuracyLevel | None = No
             f"ONNX Runtime cannot be imported ({error}); install it with: pip install 'llava-deploy[cpu]'"
         ) from error
     level = resolved_accuracy_level(manifest, accuracy_level)
-    key = EngineKey("onnxruntime", onnxruntime.__version__, "cpu", source_digest(manifest), level, None)
+    parts = _int8_parts(int8)
+    key = EngineKey("onnxruntime", onnxruntime.__version__, "cpu", source_digest(manifest), level, None, parts)
     output = bundle / key.directory
     if not replace and is_current(output, key):
         return output
-    require_space(bundle, graphs_size(manifest) * _DISK[manifest.model.precision])
-    passes = _passes()
+    require_space(bundle, graphs_size(manifest) * (_DISK[manifest.model.precision] + 2 * len(parts)))
+    graphs = _graphs(parts)
     try:
         with staged_directory(output, replace=True) as staging:
-            _build(bundle, passes, key, staging)
+            _build(bundle, graphs, key, staging)
     except OSError as error:
         raise write_error(output, error) from error
     return output
 
 
-def _build(bundle: Path, passes: dict[str, Passes], key: EngineKey, staging: Path) -> None:
+def _int8_parts(wanted: Sequence[Int8Part]) -> tuple[Int8Part, ...]:
+    known = get_args(Int8Part)
+    if isinstance(wanted, str) or any(part not in known for part in wanted):
+        raise OptionError("int8", f"want some of {', '.join(known)}, got {wanted!r}")
+    if wanted and not has_int8_products():
+        raise OptionError("int8", "this processor has no exact products of 8-bit integers (VNNI); leave it out")
+    return tuple(part for part in known if part in wanted)
+
+
+def _build(bundle: Path, graphs: Sequence[_Graph], key: EngineKey, staging: Path) -> None:
     paths = []
     with _place_inside(bundle, staging) as place:
-        for name, each in passes.items():
-            computed = place / f"{name}.computed"
-            graph = _lowered(bundle / name, each, computed)
-            paths += _optimise(bundle / name, graph, key, staging)
+        for graph in graphs:
+            computed = place / f"{graph.name}.computed"
+            lowered = _lowered(bundle / graph.source, graph.passes, computed)
+            paths += _optimise(bundle / graph.source, lowered, key, staging / graph.name)
             computed.unlink()
     write_engine_manifest(staging, key, paths)
 
@@ -101,15 +133,19 @@ def _place_inside(bundle: Path, staging: Path) -> Iterator[Path]:
         yield Path(place)
 
 
-def _optimise(source: Path, graph: bytes, key: EngineKey, staging: Path) -> list[str]:
-    """Have ONNX Runtime write what it makes of ``graph``, whose weights are named relative to the bundle."""
+def _optimise(source: Path, graph: bytes, key: EngineKey, output: Path) -> list[str]:
+    """Have ONNX Runtime write what it makes of ``graph``, whose weights are named relative to the bundle.
+
+    Returns:
+        Names of the files that it has written.
+    """
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4  # its errors come as exceptions
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    settings.optimized_model_filepath = str(staging / source.name)
-    external = f"{source.name}.data"
+    settings.optimized_model_filepath = str(output)
+    external = f"{output.name}.data"
     prefix = "session.optimized_model_external_initializers"
     settings.add_session_config_entry(f"{prefix}_file_name", external)
     settings.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_EXTERNAL_FROM))
@@ -124,16 +160,22 @@ def _optimise(source: Path, graph: bytes, key: EngineKey, staging: Path) -> list
         raise BackendError(
             f"{source}: ONNX Runtime {onnxruntime.__version__} cannot build it: {cause}; want 1.25 or later"
         ) from error
-    return [path for path in (source.name, external) if (staging / path).exists()]
+    return [name for name in (output.name, external) if (output.parent / name).exists()]
 
 
-def _passes() -> dict[str, Passes]:
-    """The passes of each graph, in order."""
+def _graphs(int8: tuple[Int8Part, ...]) -> list[_Graph]:
+    """What an engine has, with the passes of each, in order."""
     try:
         from llava_deploy.engines.lowering import onnxruntime as lowering
     except ImportError as error:
         raise lacks_onnx_ir(error) from error
-    return {VISION_GRAPH: lowering.vision_passes(), DECODER_GRAPH: lowering.decoder_passes()}
+    graphs = [
+        _Graph(VISION_GRAPH, VISION_GRAPH, lowering.vision_passes(int8)),
+        _Graph(DECODER_GRAPH, DECODER_GRAPH, lowering.decoder_passes(int8)),
+    ]
+    if "prefill" in int8:
+        graphs.append(_Graph(DECODER_GRAPH, INT8_DECODER_GRAPH, lowering.int8_decoder_passes()))
+    return graphs
 
 
 def _lowered(source: Path, passes: Passes, computed: Path) -> bytes:

@@ -7,11 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from llava_deploy.engines.engine_manifest import EngineKey, read_engine_manifest, resolved_accuracy_level, source_digest
+from llava_deploy.engines.engine_manifest import (
+    INT8_DECODER_GRAPH,
+    EngineKey,
+    read_engine_manifest,
+    resolved_accuracy_level,
+    source_digest,
+)
 from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH
 from llava_deploy.engines.names import AccuracyLevel, Backend
+from llava_deploy.engines.processor import has_int8_products
 from llava_deploy.engines.tensorrt_module import SPOKEN, TensorRtBackend
 from llava_deploy.runtime.bundle import Bundle
 from llava_deploy.runtime.onnxruntime_backend import onnxruntime_version
@@ -48,10 +55,14 @@ class Wanted:
 
 @dataclass(frozen=True)
 class OnnxRuntimeChoice:
-    """The graphs to load, what they multiply quantised weights in, and a sentence on the choice for people."""
+    """The graphs to load, what they multiply quantised weights in, and a sentence on the choice for people.
+
+    ``int8_decoder`` is for steps of many tokens; ``None`` where ``decoder`` is for all of them.
+    """
 
     vision: Path
     decoder: Path
+    int8_decoder: Path | None
     accuracy_level: AccuracyLevel | None
     reason: str
 
@@ -123,8 +134,10 @@ def choose_onnxruntime(
         return _canonical(bundle, level, f"{name}canonical graphs; llava-deploy build makes it start sooner")
     engine = read_engine_manifest(directory)
     built = engine.key.accuracy_level
-    if replace(engine.key, accuracy_level=level) != key:
+    if replace(engine.key, accuracy_level=level, int8=()) != key:
         reason = "was built from others; build it again"
+    elif engine.key.int8 and not has_int8_products():
+        reason = "computes in 8-bit integers, for which this processor lacks exact products; build it here, without"
     elif accuracy_level is not None and built != accuracy_level:
         reason = f"was built for accuracy level {built}"
     else:
@@ -132,13 +145,15 @@ def choose_onnxruntime(
     if reason is not None:
         return _canonical(bundle, level, f"{name}canonical graphs: {directory.name} {reason}")
     check_files(directory, engine.files, integrity, remedy="build it again with: llava-deploy build --force")
+    many = directory / INT8_DECODER_GRAPH if "prefill" in engine.key.int8 else None
+    rounded = f", int8: {' and '.join(engine.key.int8)}" if engine.key.int8 else ""
     return OnnxRuntimeChoice(
-        directory / VISION_GRAPH, directory / DECODER_GRAPH, built, f"{name}engine {directory.name}"
+        directory / VISION_GRAPH, directory / DECODER_GRAPH, many, built, f"{name}engine {directory.name}{rounded}"
     )
 
 
 def _canonical(bundle: Bundle, level: AccuracyLevel | None, reason: str) -> OnnxRuntimeChoice:
-    return OnnxRuntimeChoice(bundle.path(VISION_GRAPH), bundle.path(DECODER_GRAPH), level, reason)
+    return OnnxRuntimeChoice(bundle.path(VISION_GRAPH), bundle.path(DECODER_GRAPH), None, level, reason)
 
 
 def _of_onnxruntime_alone(wanted: Wanted) -> str | None:

@@ -56,7 +56,7 @@ def _open_onnxruntime(bundle: Bundle, choice: OnnxRuntimeChoice, wanted: Wanted)
     slots = min(DEFAULT_MAX_LEN, shape.max_positions) if wanted.max_len is None else wanted.max_len
     options = OnnxRuntimeOptions(wanted.threads, choice.accuracy_level)
     vision = OnnxRuntimeVision(choice.vision, bundle.manifest.vision, options)
-    decoder = OnnxRuntimeDecoder(choice.decoder, shape, slots, options)
+    decoder = OnnxRuntimeDecoder(choice.decoder, shape, slots, options, choice.int8_decoder)
     return Sessions(vision, decoder, "onnxruntime", choice.reason)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from llava_deploy.engines.contract import DecoderShape, VisionShape, past_name, present_name
 from llava_deploy.engines.errors import BackendError, OptionError
-from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, PREFILL_TOKENS, AccuracyLevel
+from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, INT8_FROM_TOKENS, PREFILL_TOKENS, AccuracyLevel
 from llava_deploy.runtime.backend import Placement, step_mask, step_positions
 from llava_deploy.runtime.new_tokens import with_features
 
@@ -80,11 +80,31 @@ class OnnxRuntimeDecoder:
     graph's Slice is a copy of what is visible of them, at every step.
     """
 
-    def __init__(self, model: Path, shape: DecoderShape, max_len: int, options: OnnxRuntimeOptions) -> None:
+    def __init__(
+        self,
+        model: Path,
+        shape: DecoderShape,
+        max_len: int,
+        options: OnnxRuntimeOptions,
+        int8_model: Path | None = None,
+    ) -> None:
+        """Load the graphs.
+
+        Args:
+            model: the decoder.
+            shape: of it.
+            max_len: slots of the cache.
+            options: how sessions run.
+            int8_model: the decoder once more, for steps of :data:`~llava_deploy.engines.names.INT8_FROM_TOKENS` tokens
+                and more; ``model`` is given one row, or one token a row, and no more then.
+
+        Raises:
+            BackendError: ONNX Runtime is not installed, or cannot load a graph.
+        """
         self._ort = _import()
-        self._session = _open(model, options)
+        self._sessions = [_open(path, options) for path in (model, int8_model) if path is not None]
         self._shape = shape
-        self._cache_dtype = _cache_dtype(self._session)
+        self._cache_dtype = _cache_dtype(self._sessions[0])
         self.max_len = max_len
         self.max_seq = min(PREFILL_TOKENS, max_len)
         self.run_seconds = 0.0
@@ -99,16 +119,18 @@ class OnnxRuntimeDecoder:
         self._caches: dict[tuple[int, str], onnxruntime.OrtValue] = {}  # the old buffers go before new ones come
         size = (batch, shape.kv_heads, self.max_len, shape.head_dim)
         try:
-            self._binding = self._session.io_binding()
+            self._bindings = [session.io_binding() for session in self._sessions]
             for layer in range(shape.layers):
                 for part in ("key", "value"):
                     # Zeros, not empty: a slot that the mask hides still meets a weight of 0, and 0 x NaN is NaN.
                     buffer = self._value(np.zeros(size, self._cache_dtype))
                     self._caches[layer, part] = buffer
-                    self._binding.bind_ortvalue_input(past_name(layer, part), buffer)
-                    self._binding.bind_ortvalue_output(present_name(layer, part), buffer)
+                    for binding in self._bindings:
+                        binding.bind_ortvalue_input(past_name(layer, part), buffer)
+                        binding.bind_ortvalue_output(present_name(layer, part), buffer)
             self._logits = np.zeros((batch, shape.vocab_size), np.float32)
-            self._binding.bind_ortvalue_output("logits", self._value(self._logits))
+            for binding in self._bindings:
+                binding.bind_ortvalue_output("logits", self._value(self._logits))
         except MemoryError as error:
             wanted = 2 * shape.layers * np.prod(size, dtype=np.int64) * self._cache_dtype.itemsize
             raise BackendError(
@@ -134,11 +156,14 @@ class OnnxRuntimeDecoder:
         feed = step_feed(inputs_embeds, write_indices, last_index, pictures)
         # Held until the run is over: an OrtValue does not own the array's memory, and a binding owns no OrtValue.
         values = {name: self._value(array) for name, array in feed.items()}
+        rows, tokens = inputs_embeds.shape[:2]
+        index = -1 if rows * tokens >= INT8_FROM_TOKENS or min(rows, tokens) > 1 else 0
+        session, binding = self._sessions[index], self._bindings[index]
         for name, value in values.items():
-            self._binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_input(name, value)
         began = time.perf_counter()
         try:
-            self._session.run_with_iobinding(self._binding)
+            session.run_with_iobinding(binding)
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed in the decoder: {_cause(error)}; {_VERIFY}") from error
         self.run_seconds += time.perf_counter() - began

@@ -230,7 +230,7 @@ def test_an_engine_of_other_weights_is_not_used_and_is_rebuilt(built: Path, tmp_
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda e: e.update(format_version=1), "want format_version 2, found 1"),
+        (lambda e: e.update(format_version=1), "want format_version 3, found 1"),
         (lambda e: e["key"].update(backend="openvino"), "engine.key.backend: want"),
         (lambda e: e.pop("files"), "engine: missing ['files'], unknown []"),
         (lambda e: e["files"][0].update(path="../../vision.onnx"), "leads out of the bundle"),

@@ -18,7 +18,7 @@ import pytest
 from llava_deploy.engines.contract import DecoderShape, past_name
 from llava_deploy.engines.engine_manifest import ENGINES
 from llava_deploy.engines.lowering.files import lower_in_memory
-from llava_deploy.engines.lowering.group_query_attention import LowerGroupQueryAttention
+from llava_deploy.engines.lowering.group_query_attention import LowerGroupQueryAttention, Steps
 from llava_deploy.exporter.config import DecoderConfig, LlavaConfig, ProjectorConfig, RopeConfig, VisionConfig
 from llava_deploy.exporter.graphs import build_graphs
 from llava_deploy.runtime.backend import step_mask, step_positions
@@ -74,11 +74,11 @@ def decoder_model(config: DecoderConfig, dtype: Any, seed: int) -> tuple[ir.Mode
 def pair(tmp_path: Path) -> Callable[..., Pair]:
     """Both forms of a decoder with random weights."""
 
-    def make(config: DecoderConfig, dtype: Any = "fp32", seed: int = 0) -> Pair:
+    def make(config: DecoderConfig, dtype: Any = "fp32", seed: int = 0, steps: Steps = Steps.ANY) -> Pair:
         model, shape = decoder_model(config, dtype, seed)
         canonical, lowered = tmp_path / "canonical.onnx", tmp_path / "lowered.onnx"
         ir.save(model, canonical, external_data="weights")
-        lowered.write_bytes(lower_in_memory(canonical, [LowerGroupQueryAttention()]))
+        lowered.write_bytes(lower_in_memory(canonical, [LowerGroupQueryAttention(steps)]))
         return Pair(shape, canonical, lowered)
 
     return make
@@ -104,8 +104,11 @@ def largest_error(found: np.ndarray, want: np.ndarray) -> float:
     return float(np.abs(found - want).max() / np.abs(want).max())
 
 
-def run_both(pair: Pair, seed: int) -> float:
-    """Random schedules through both; the largest relative error of a logit or of anything in the caches."""
+def run_both(pair: Pair, seed: int, covered: Callable[[int, int], bool] = lambda batch, seq: True) -> float:
+    """Random schedules through both; the largest relative error of a logit or of anything in the caches.
+
+    The steps of so many rows and tokens that are not ``covered`` are taken token by token.
+    """
     rng = np.random.default_rng(seed)
     sessions = pair.sessions()
     worst = 0.0
@@ -113,7 +116,12 @@ def run_both(pair: Pair, seed: int) -> float:
         for session in sessions:
             session.begin(1 if batch > 1 else 2)  # so that the next line gives fresh buffers
             session.begin(batch)
-        for write, seq in steps:
+        pieces = [
+            piece
+            for write, seq in steps
+            for piece in ([(write, seq)] if covered(batch, seq) else [([w + i for w in write], 1) for i in range(seq)])
+        ]
+        for write, seq in pieces:
             embeds = rng.standard_normal((batch, seq, pair.shape.hidden_size)).astype(pair.shape.dtype)
             last = rng.integers(0, seq, batch)
             want, found = (session.step(embeds, np.array(write), last).copy() for session in sessions)
@@ -132,6 +140,16 @@ def test_logits_and_caches_are_the_canonical_graphs(pair: Callable[..., Pair], c
 @pytest.mark.parametrize("case", CASES)
 def test_float16_is_as_near(pair: Callable[..., Pair], case: str) -> None:
     assert run_both(pair(CASES[case], "fp16"), 5) < 1e-2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_a_branch_for_steps_that_never_come(pair: Callable[..., Pair], case: str) -> None:
+    made = pair(CASES[case], steps=Steps.ONE_ROW_OR_TOKEN)
+    kinds = [node.op_type for node in ir.load(made.lowered).graph.all_nodes()]
+    assert kinds.count("GroupQueryAttention") == made.shape.layers
+    assert not {"If", "Attention", "TensorScatter", "RotaryEmbedding"} & {*kinds}
+    for seed in range(2):
+        assert run_both(made, seed, lambda batch, seq: min(batch, seq) == 1) < 1e-5
 
 
 def test_the_errors_would_be_seen(pair: Callable[..., Pair]) -> None:
