@@ -18,7 +18,7 @@ from llava_deploy.engines.names import (
     Precision,
 )
 from llava_deploy.exporter.quantization.request import QuantizeRequest
-from llava_deploy.runtime.command_build import TensorRtRequest, refuse_tensorrt_options, tensorrt_options
+from llava_deploy.runtime.command_build import TensorRtRequest, parts_option, refuse_tensorrt_options, tensorrt_options
 from llava_deploy.runtime.command_group import (
     PROGRAM,
     CommandLine,
@@ -142,6 +142,7 @@ def inspect(source: _Source, as_json: bool) -> None:
 @click.option("--max-batch", type=int, default=1, show_default=True, help="Prompts at once.")
 @click.option("--max-len", type=int, help="Tokens of context; by default the model's positions.")
 @click.option("--max-images", type=int, help="Pictures in one run of the tower; as many as prompts.")
+@parts_option
 @click.option("--precision", type=click.Choice(get_args(Precision)), help="Of a checkpoint's bundle; fp16 by default.")
 @click.option("--group-size", type=int, help="Of int4: inputs that share a scale; 128 by default.")
 @json_option
@@ -151,6 +152,7 @@ def plan(
     max_batch: int,
     max_len: int | None,
     max_images: int | None,
+    parts: int | None,
     precision: Precision | None,
     group_size: int | None,
     as_json: bool,
@@ -181,7 +183,7 @@ def plan(
         quantizing = QuantizeRequest(group_size, symmetric=False, lm_head=None, calibration=None, device=None)
         require_useful(checkpoint, wanted, quantizing)
         model = planned_checkpoint(checkpoint, wanted, quantizing.options())
-    made = make_plan(model, target, resolve_sizes(model, max_batch, max_len, max_images)).to_dict()
+    made = make_plan(model, target, resolve_sizes(model, max_batch, max_len, max_images), parts).to_dict()
     from llava_deploy.runtime import terminal
     from llava_deploy.runtime.terminal_plan import plan_tables
 
@@ -255,21 +257,21 @@ def export(
 @_bundle
 @click.option("--backend", type=click.Choice(get_args(Backend)), default="onnxruntime", show_default=True)
 @_accuracy_level
-@tensorrt_options
-@click.option("--force", is_flag=True, help="Build again what is there already, and where memory may not do.")
 @click.option(
     "--int8",
     multiple=True,
     type=click.Choice(get_args(Int8Part)),
     help="Of onnxruntime: compute the tower or long steps in 8-bit integers; faster, less exact; repeatable.",
 )
+@tensorrt_options
+@click.option("--force", is_flag=True, help="Build again what is there already, and where memory may not do.")
 def build(
     bundle: Path,
     backend: Backend,
     accuracy_level: AccuracyLevel | None,
+    int8: tuple[Int8Part, ...],
     tensorrt: TensorRtRequest,
     force: bool,
-    int8: tuple[Int8Part, ...],
 ) -> None:
     """Make a bundle's engine for one backend.
 
@@ -304,6 +306,7 @@ def build(
             opt_images=tensorrt.opt_images,
             capabilities=tensorrt.sm,
             workspace=tensorrt.workspace_bytes,
+            parts=tensorrt.parts,
             version_compatible=tensorrt.version_compatible,
             refit=tensorrt.refit,
             timing_cache=tensorrt.timing_cache,

@@ -81,6 +81,12 @@ def source_digest(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps([LOWERING_VERSION, entries]).encode()).hexdigest()
 
 
+def decoder_plans(recipe: TensorRtRecipe) -> tuple[str, ...]:
+    """Names of the decoder's plans, in the order in which they run."""
+    count = len(recipe.parts)
+    return ("decoder.plan",) if count == 1 else tuple(f"decoder-{i}-of-{count}.plan" for i in range(1, count + 1))
+
+
 def graphs_size(manifest: Manifest) -> int:
     """Bytes of the bundle's graphs with their weights; an engine is as large."""
     return sum(entry.size for entry in manifest.files if ".onnx" in entry.path)

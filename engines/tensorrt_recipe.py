@@ -61,6 +61,7 @@ class TensorRtRecipe:
     Attributes:
         release: of TensorRT, as ``10.3``, whose operators the graphs were lowered to.
         cache: what the decoder does with its cache: see :data:`~llava_deploy.engines.names.CacheForm`.
+        parts: layers of the decoder in each of its plans, which run one after the other.
         limits: what may be bound.
         capabilities: compute capabilities that it runs on, as ``sm89``, in ascending order.
         workspace: bytes that a layer may use beside its tensors; ``None``: what TensorRT takes.
@@ -70,6 +71,7 @@ class TensorRtRecipe:
 
     release: str
     cache: CacheForm
+    parts: tuple[int, ...]
     limits: EngineLimits
     capabilities: tuple[str, ...]
     workspace: int | None
@@ -79,3 +81,5 @@ class TensorRtRecipe:
     def __post_init__(self) -> None:
         if not self.capabilities:
             raise ContractError("engine recipe: want one compute capability at least, got none")
+        if not self.parts or min(self.parts) < 1:
+            raise ContractError(f"engine recipe: want parts of one layer at least, got {self.parts}")

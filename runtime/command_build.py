@@ -28,6 +28,7 @@ class TensorRtRequest:
     opt_images: int | None
     sm: tuple[str, ...]
     workspace: int | None
+    parts: int | None
     version_compatible: bool
     refit: bool
     timing_cache: Path | None
@@ -48,6 +49,9 @@ def refuse_tensorrt_options(reason: str) -> None:
     refuse_given(reason, *(field.name for field in dataclasses.fields(TensorRtRequest)))
 
 
+parts_option = click.option(
+    "--parts", type=int, help="Of TensorRT: plans of the decoder, built in turn; by default few, of 2 GiB."
+)
 tensorrt_options = options_as_one(
     "tensorrt",
     TensorRtRequest,
@@ -63,6 +67,7 @@ tensorrt_options = options_as_one(
         "--sm", multiple=True, metavar="NAME", help="Of tensorrt-rtx: compute capability, as sm89; repeatable."
     ),
     click.option("--workspace", type=int, metavar="MIB", help="Of TensorRT: memory that a layer may use beside."),
+    parts_option,
     click.option("--version-compatible", is_flag=True, help="Of TensorRT: for later versions of its runtime too."),
     click.option("--refit", is_flag=True, help="Of TensorRT: weights can be replaced in the engine."),
     click.option("--timing-cache", type=PATH, metavar="FILE", help="Of TensorRT: measured kernels, read and written."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llava_deploy.engines.engine_manifest import DECODER_PLAN, VISION_PLAN
+from llava_deploy.engines.engine_manifest import VISION_PLAN, decoder_plans
 from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.engines.integrity import Integrity
 from llava_deploy.engines.names import Backend
@@ -66,8 +66,9 @@ def _open_tensorrt(bundle: Bundle, choice: TensorRtChoice) -> Sessions:
     from llava_deploy.runtime.tensorrt.plans import open_plans
     from llava_deploy.runtime.tensorrt.vision import TensorRtVision
 
-    plans = open_plans(choice.directory, (VISION_PLAN, DECODER_PLAN), choice.module, choice.device)
+    names = (VISION_PLAN, *decoder_plans(choice.recipe))
+    plans = open_plans(choice.directory, names, choice.module, choice.device)
     vision = TensorRtVision(plans[0], bundle.manifest.vision)
     kind = TensorRtDecoder if choice.recipe.cache == "in-place" else GrowingDecoder
-    decoder = kind(plans[1], bundle.manifest.decoder, choice.max_len)
+    decoder = kind(plans[1:], bundle.manifest.decoder, choice.max_len)
     return Sessions(vision, decoder, choice.module.backend, choice.reason)

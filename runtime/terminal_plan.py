@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -28,6 +28,7 @@ def plan_tables(plan: Mapping[str, Any]) -> Group:
         [
             ("memory", _memory_of(board)),
             ("sizes", f"{sizes['max_batch']} x {sizes['max_len']} tokens, {_pictures(sizes['max_images'])} at once"),
+            ("decoder", _parts(plan["parts"])),
             ("on the disk", f"{size(plan['bundle_bytes'])} for the bundle, as much again for each engine"),
             ("source", board["source"]),
             ("figures", "the host's are fitted to measured peaks; a GPU's are estimates that no GPU was measured for"),
@@ -38,6 +39,12 @@ def plan_tables(plan: Mapping[str, Any]) -> Group:
 
 def _pictures(count: int) -> str:
     return "one picture" if count == 1 else f"{count} pictures"
+
+
+def _parts(parts: Sequence[int]) -> str:
+    if len(parts) == 1:
+        return "one plan of TensorRT"
+    return f"{len(parts)} plans of TensorRT, of {', '.join(map(str, parts))} layers"
 
 
 def _memory_of(board: Mapping[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llava_deploy.engines.names import Backend, CacheForm
 from llava_deploy.engines.planner.memory import Memory
 from llava_deploy.engines.planner.model import PlannedModel, Sizes
@@ -9,7 +11,7 @@ from llava_deploy.engines.planner.onnxruntime_memory import onnxruntime_build_me
 from llava_deploy.engines.planner.tensorrt_memory import tensorrt_build_memory
 
 
-def build_memory(model: PlannedModel, backend: Backend, sizes: Sizes, cache: CacheForm = "in-place") -> Memory:
+def build_memory(model: PlannedModel, backend: Backend, sizes: Sizes, cache: CacheForm, parts: Sequence[int]) -> Memory:
     """Peak of ``llava-deploy build``.
 
     Args:
@@ -17,7 +19,9 @@ def build_memory(model: PlannedModel, backend: Backend, sizes: Sizes, cache: Cac
         backend: what is built for.
         sizes: see :meth:`Sizes.of`; they matter to TensorRT, which runs kernels as it builds.
         cache: what the decoder does with its cache.
+        parts: layers of the decoder in each plan of TensorRT's; see
+            :func:`~llava_deploy.engines.planner.parts.decoder_parts`.
     """
     if backend == "onnxruntime":
         return onnxruntime_build_memory(model)
-    return tensorrt_build_memory(model, backend, sizes, cache)
+    return tensorrt_build_memory(model, backend, sizes, cache, parts)

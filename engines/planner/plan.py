@@ -18,9 +18,11 @@ from llava_deploy.engines.planner.build import build_memory
 from llava_deploy.engines.planner.export import export_memory
 from llava_deploy.engines.planner.memory import Memory
 from llava_deploy.engines.planner.model import PlannedModel, Sizes
+from llava_deploy.engines.planner.parts import decoder_parts
 from llava_deploy.engines.planner.run import cache_form_of, decode_bound, run_memory
 
 Stage = Literal["export", "build", "run"]
+_OF_A_BACKEND: tuple[Stage, ...] = ("build", "run")
 MOST_ROWS = 1024
 """No larger batch is looked for."""
 
@@ -74,6 +76,7 @@ class Plan:
         precision: of the bundle.
         board: what it is planned for.
         sizes: what is bound at most.
+        parts: layers of the decoder in each of TensorRT's plans.
         bundle_bytes: of the bundle's weights on the disk; an engine takes as much again.
         stages: in the order in which they come.
     """
@@ -82,6 +85,7 @@ class Plan:
     precision: str
     board: Board
     sizes: Sizes
+    parts: tuple[int, ...]
     bundle_bytes: int
     stages: tuple[StagePlan, ...]
 
@@ -109,8 +113,13 @@ def resolve_sizes(model: PlannedModel, max_batch: int, max_len: int | None, max_
     return Sizes.of_run(max_batch, length, max_batch if max_images is None else max_images)
 
 
-def plan(model: PlannedModel, board: Board, sizes: Sizes) -> Plan:
-    """Plan every stage."""
+def plan(model: PlannedModel, board: Board, sizes: Sizes, parts: int | None) -> Plan:
+    """Plan every stage; TensorRT's with the decoder in so many parts.
+
+    Raises:
+        OptionError: of ``parts``: see :func:`~llava_deploy.engines.planner.parts.decoder_parts`.
+    """
+    shares = decoder_parts(model, parts)
     stages = []
     if model.source is not None:
         memory = export_memory(model)
@@ -118,8 +127,8 @@ def plan(model: PlannedModel, board: Board, sizes: Sizes) -> Plan:
             StagePlan("export", None, memory, fits(memory, board), _host_note(memory, board), None, None, None)
         )
     for backend in get_args(Backend):
-        stages += [_planned("build", backend, model, board, sizes), _planned("run", backend, model, board, sizes)]
-    return Plan(model.name, model.precision, board, sizes, model.bundle_bytes, tuple(stages))
+        stages += [_planned(stage, backend, model, board, sizes, shares) for stage in _OF_A_BACKEND]
+    return Plan(model.name, model.precision, board, sizes, shares, model.bundle_bytes, tuple(stages))
 
 
 def fits(memory: Memory, board: Board) -> bool | None:
@@ -132,13 +141,16 @@ def fits(memory: Memory, board: Board) -> bool | None:
     return None if memory.device == 0 else device
 
 
-def _planned(stage: Stage, backend: Backend, model: PlannedModel, board: Board, sizes: Sizes) -> StagePlan:
+def _planned(
+    stage: Stage, backend: Backend, model: PlannedModel, board: Board, sizes: Sizes, parts: tuple[int, ...]
+) -> StagePlan:
     refusal = _refusal(backend, board)
     if refusal:
         return StagePlan(stage, backend, None, False, refusal, None, None, None)
 
     def memory(at: Sizes) -> Memory:
-        return (build_memory if stage == "build" else run_memory)(model, backend, at, cache_form_of(backend, board))
+        peak = build_memory if stage == "build" else run_memory
+        return peak(model, backend, at, cache_form_of(backend, board), parts)
 
     found = memory(sizes)
     fit = fits(found, board)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava_deploy.engines.names import Backend, CacheForm
@@ -20,14 +21,14 @@ def cache_form_of(backend: Backend, board: Board) -> CacheForm:
     return cache_form(parse_release(board.tensorrt))
 
 
-def run_memory(model: PlannedModel, backend: Backend, sizes: Sizes, cache: CacheForm) -> Memory:
-    """Peak of a run on the engine that ``llava-deploy build`` makes.
+def run_memory(model: PlannedModel, backend: Backend, sizes: Sizes, cache: CacheForm, parts: Sequence[int]) -> Memory:
+    """Peak of a run on the engine that ``llava-deploy build`` makes; of TensorRT with the decoder in these ``parts``.
 
     It fills its cache, with as many rows, and pictures at once, as ``sizes`` allows.
     """
     if backend == "onnxruntime":
         return onnxruntime_run_memory(model, sizes)
-    return tensorrt_run_memory(model, sizes, cache)
+    return tensorrt_run_memory(model, sizes, cache, parts)
 
 
 def decode_bytes(model: PlannedModel, backend: Backend, batch: int, slots: int) -> int:

@@ -6,9 +6,13 @@ for RTX 1.7. What either takes of a device is an estimate from the graphs' shape
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from llava_deploy.engines.decoder_parts import layer_ranges
 from llava_deploy.engines.names import FEATURES_KEPT, CacheForm
 from llava_deploy.engines.planner.memory import Memory, Part
 from llava_deploy.engines.planner.model import GraphWeights, PlannedModel, Sizes
+from llava_deploy.engines.planner.parts import part_weights
 from llava_deploy.engines.tensorrt_module import TensorRtBackend
 
 _MB = 10**6
@@ -41,17 +45,21 @@ _SMALLEST_WORKSPACE = 32 * _MB
 """Assumed for layers whose kernels want one."""
 
 
-def tensorrt_build_memory(model: PlannedModel, backend: TensorRtBackend, sizes: Sizes, cache: CacheForm) -> Memory:
-    """Peak of ``llava-deploy build`` for TensorRT: of the larger graph; they are built one after the other.
+def tensorrt_build_memory(
+    model: PlannedModel, backend: TensorRtBackend, sizes: Sizes, cache: CacheForm, parts: Sequence[int]
+) -> Memory:
+    """Peak of ``llava-deploy build`` for TensorRT: of the largest part of the decoder, or the tower.
 
-    The full TensorRT tries kernels on the GPU, layer by layer: with the graph's weights and the largest activations,
-    but no cache. TensorRT for RTX needs no GPU. What is mapped is the larger graph's weights.
+    They are built one after the other. The full TensorRT tries kernels on the GPU, layer by layer: with the graph's
+    weights and the largest activations, but no cache. TensorRT for RTX needs no GPU. What is mapped is the largest
+    graph's weights.
     """
-    graphs = (engine_bytes(model.vision_weights), engine_bytes(model.decoder_weights) + _tied(model))
-    kernels = _INT4_LAYER * model.decoder.layers if model.decoder_weights.quantized else 0
-    decoder = (_held_in_build(model.decoder_weights, _tied(model)), kernels)
-    tower = (_held_in_build(model.vision_weights, 0), 0)
-    weights, kernels = max(decoder, tower, key=sum)
+    graphs, held = [engine_bytes(model.vision_weights)], [(_held_in_build(model.vision_weights, 0), 0)]
+    for layers in layer_ranges(parts):
+        part, tied = part_weights(model, layers), _tied(model) if layers.stop == model.decoder.layers else 0
+        graphs.append(engine_bytes(part) + tied)
+        held.append((_held_in_build(part, tied), _INT4_LAYER * len(layers) if part.quantized else 0))
+    weights, kernels = max(held, key=sum)
     host = (
         Part("weights", "host", weights),
         Part("process", "host", _BUILD + kernels),
@@ -69,14 +77,15 @@ def tensorrt_build_memory(model: PlannedModel, backend: TensorRtBackend, sizes: 
     return Memory((*device, *host))
 
 
-def tensorrt_run_memory(model: PlannedModel, sizes: Sizes, cache: CacheForm) -> Memory:
-    """Peak of a run that fills its cache."""
+def tensorrt_run_memory(model: PlannedModel, sizes: Sizes, cache: CacheForm, parts: Sequence[int]) -> Memory:
+    """Peak of a run that fills its cache; parts of a decoder have hidden states between them, in two buffers."""
     weights = engine_bytes(model.vision_weights) + engine_bytes(model.decoder_weights) + _tied(model)
     inputs = _step_inputs(model, sizes)
+    hidden = min(2, len(parts) - 1) * sizes.max_batch * sizes.max_seq * model.decoder.hidden_size * model.itemsize
     parts = (
         Part("weights", "device", weights),
         Part("KV cache", "device", _cache(model, sizes, cache)),
-        Part("activations", "device", _activations(model, sizes, cache) + inputs),
+        Part("activations", "device", _activations(model, sizes, cache) + inputs + hidden),
         Part("workspace", "device", _workspace(model)),
         Part("image features", "device", FEATURES_KEPT * model.features_bytes),
         Part("process", "device", _CONTEXT),

@@ -1,20 +1,18 @@
 """Bundle to TensorRT engines: the canonical graphs, lowered, parsed, held against the contract, built.
 
-Weights that no pass computes are read where they lie in the bundle, and the plans go to their files as they are made,
-so that what a build has in memory is what TensorRT needs.
+One plan after the other, the decoder in as many as it has parts: each is done with before the next begins. Weights that
+no pass computes are read where they lie in the bundle, and a plan goes to its file as it is made, so that what a build
+has in memory is what TensorRT needs for the largest of them.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_deploy.engines.contract import GraphSpec
 from llava_deploy.engines.engine_manifest import (
-    DECODER_PLAN,
-    VISION_PLAN,
     EngineKey,
     graphs_size,
     is_current,
@@ -23,7 +21,9 @@ from llava_deploy.engines.engine_manifest import (
 )
 from llava_deploy.engines.errors import BackendError, OptionError, lacks_onnx_ir
 from llava_deploy.engines.integrity import Integrity, check_files
-from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest, read_manifest
+from llava_deploy.engines.manifest import Manifest, read_manifest
+from llava_deploy.engines.planner.model import PlannedModel, planned_bundle
+from llava_deploy.engines.planner.parts import decoder_parts, part_weights
 from llava_deploy.engines.staging import require_space, staged_directory, write_error
 from llava_deploy.engines.tensorrt.adapter import (
     require_supported,
@@ -38,60 +38,31 @@ from llava_deploy.engines.tensorrt.checks import (
     check_network,
     expected_decoder,
     expected_vision,
-    with_sizes,
 )
 from llava_deploy.engines.tensorrt.constructs import OLDEST, Release, cache_form, parse_release, release_of
+from llava_deploy.engines.tensorrt.graphs import WHOLE, EngineGraph, engine_graphs
 from llava_deploy.engines.tensorrt.heap import give_back_freed_memory, trim_heap
 from llava_deploy.engines.tensorrt.memory import require_memory
 from llava_deploy.engines.tensorrt.messages import Messages
 from llava_deploy.engines.tensorrt.network import parse_network, title
 from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions, check_workspace, resolve_limits
-from llava_deploy.engines.tensorrt.profiles import (
-    Profile,
-    add_profiles,
-    decoder_profiles,
-    decoder_spec,
-    vision_profiles,
-)
+from llava_deploy.engines.tensorrt.profiles import add_profiles
 from llava_deploy.engines.tensorrt.progress import BuildProgress, Phases, make_monitor, run_watched
 from llava_deploy.engines.tensorrt.timing import load_timing_cache, save_timing_cache
 from llava_deploy.engines.tensorrt_module import TensorRtModule, import_tensorrt
 from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 
 _LOWERED = "lowered"  # directory of lowered graphs, inside the staging directory while they are wanted
-_WHOLE = 1000  # of a build's progress
 
 Report = Callable[[BuildProgress], None]
 Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class _Graph:
-    """One of the two.
-
-    Attributes:
-        source: its file in the bundle.
-        plan: its file in the engine's directory.
-        spec: its contract, with fixed sizes where the lowered graph has them.
-        profiles: what may be bound, and what kernels are chosen for.
-        begins: the part of the whole build that is done before it, of :data:`_WHOLE`.
-        ends: likewise, after it.
-    """
-
-    source: str
-    plan: str
-    spec: GraphSpec
-    profiles: list[Profile]
-    begins: int
-    ends: int
-
-
-@dataclass(frozen=True)
 class _Build:
-    """What is the same for both graphs."""
+    """What is the same for all graphs."""
 
     bundle: Path
-    manifest: Manifest
     module: TensorRtModule
     release: Release
     recipe: TensorRtRecipe
@@ -108,7 +79,7 @@ def build_tensorrt(
     on_progress: Report = lambda _: None,
     on_warning: Warn = lambda _: None,
 ) -> Path:
-    """Build both engines and return their directory.
+    """Build the engines of both graphs, the decoder's in parts, and return their directory.
 
     Engines that are there already, for the same graphs, version, GPUs and limits, and whole, are kept. After an error,
     Ctrl-C or a kill there is what was there before.
@@ -133,9 +104,11 @@ def build_tensorrt(
     module = import_tensorrt(options.backend)
     require_supported(module, options)
     release = _release(module, options.release)
+    model = planned_bundle(bundle, manifest)
     recipe = TensorRtRecipe(
         release=f"{release.major}.{release.minor}",
         cache=cache_form(release),
+        parts=decoder_parts(model, options.parts),
         limits=limits,
         capabilities=resolve_capabilities(module, options.capabilities),
         workspace=options.workspace,
@@ -148,13 +121,14 @@ def build_tensorrt(
     output = bundle / key.directory
     if not replace and is_current(output, key):
         return output
-    require_space(bundle, _space(manifest))
-    require_memory(bundle, manifest, module, recipe, on_warning, enforce=not options.skip_memory_check)
-    build = _Build(bundle, manifest, module, release, recipe, options.timing_cache, on_progress, on_warning)
+    graphs = engine_graphs(manifest, model, recipe)
+    require_space(bundle, _space(manifest, graphs, model))
+    require_memory(bundle, model, module, recipe, on_warning, enforce=not options.skip_memory_check)
+    build = _Build(bundle, module, release, recipe, options.timing_cache, on_progress, on_warning)
     give_back_freed_memory()
     try:
         with staged_directory(output, replace=True) as staging:
-            write_engine_manifest(staging, key, [_build_graph(build, graph, staging) for graph in _graphs(build)])
+            write_engine_manifest(staging, key, [_build_graph(build, graph, staging) for graph in graphs])
     except OSError as error:
         raise write_error(output, error) from error
     return output
@@ -173,58 +147,43 @@ def _release(module: TensorRtModule, wanted: str | None) -> Release:
     return release
 
 
-def _space(manifest: Manifest) -> int:
-    """Bytes on the disk: the engines, and for a while the decoder's weights without zero points."""
+def _space(manifest: Manifest, graphs: Sequence[EngineGraph], model: PlannedModel) -> int:
+    """Bytes on the disk: the engines, and for a while the weights without zero points of the largest part."""
     quantization = manifest.quantization
     rewritten = quantization is not None and not quantization.symmetric
-    decoder = sum(entry.size for entry in manifest.files if entry.path.startswith(DECODER_GRAPH))
-    return graphs_size(manifest) + (decoder if rewritten else 0)
+    parts = [part_weights(model, graph.layers).nbytes for graph in graphs if graph.layers is not None]
+    return graphs_size(manifest) + (max(parts) if rewritten else 0)
 
 
-def _graphs(build: _Build) -> tuple[_Graph, _Graph]:
-    """The decoder first: at the peak, which is its, nothing of another build is left in memory."""
-    manifest, recipe = build.manifest, build.recipe
-    limits, cache = recipe.limits, recipe.cache
-    sizes = {"max_len": limits.max_len} if cache == "in-place" else {}
-    decoder = with_sizes(decoder_spec(manifest.decoder, limits, cache), sizes)
-    vision = manifest.vision.spec(limits.max_images)
-    weights = sum(entry.size for entry in manifest.files if entry.path.startswith(DECODER_GRAPH))
-    share = _WHOLE * weights // max(1, graphs_size(manifest))
-    return (
-        _Graph(DECODER_GRAPH, DECODER_PLAN, decoder, decoder_profiles(decoder, limits, cache), 0, share),
-        _Graph(VISION_GRAPH, VISION_PLAN, vision, vision_profiles(vision, limits), share, _WHOLE),
-    )
-
-
-def _build_graph(build: _Build, graph: _Graph, staging: Path) -> str:
+def _build_graph(build: _Build, graph: EngineGraph, staging: Path) -> str:
     """Lower, parse, check and build one graph; the name of its plan in ``staging``."""
-    build.on_progress(BuildProgress(graph.spec.name, "Lowering the graph", graph.begins, _WHOLE))
+    build.on_progress(BuildProgress(graph.spec.name, "Lowering the graph", graph.begins, WHOLE))
     lowered = staging / _LOWERED
     lowered.mkdir()
     path, expected = _lower(build, graph, lowered)
-    build.on_progress(BuildProgress(graph.spec.name, "Parsing the graph", graph.begins, _WHOLE))
+    build.on_progress(BuildProgress(graph.spec.name, "Parsing the graph", graph.begins, WHOLE))
     _parse_and_serialize(build, graph, path, expected, staging / graph.plan)
     trim_heap()
     shutil.rmtree(lowered)
     return graph.plan
 
 
-def _lower(build: _Build, graph: _Graph, directory: Path) -> tuple[Path, ExpectedLayers]:
+def _lower(build: _Build, graph: EngineGraph, directory: Path) -> tuple[Path, ExpectedLayers]:
     try:
+        from llava_deploy.engines.lowering.decoder_layers import TakeLayers
         from llava_deploy.engines.lowering.files import lower_beside
         from llava_deploy.engines.lowering.tensorrt import decoder_passes, vision_passes
     except ImportError as error:
         raise lacks_onnx_ir(error) from error
-    recipe = build.recipe
-    is_vision = graph.source == VISION_GRAPH
-    passes = vision_passes(build.release) if is_vision else decoder_passes(recipe.cache, recipe.limits.max_len)
-    model = lower_beside(build.bundle / graph.source, directory, passes)
-    if is_vision:
-        return model.path, expected_vision(model.operators["Attention"])
-    return model.path, expected_decoder(build.manifest.decoder, build.manifest.quantization, recipe.cache)
+    source, cache = build.bundle / graph.source, build.recipe.cache
+    if graph.layers is None:
+        tower = lower_beside(source, directory, vision_passes(build.release))
+        return tower.path, expected_vision(tower.operators["Attention"])
+    passes = [TakeLayers(graph.layers), *decoder_passes(cache, build.recipe.limits.max_len)]
+    return lower_beside(source, directory, passes).path, expected_decoder(graph.layers, graph.quantized, cache)
 
 
-def _parse_and_serialize(build: _Build, graph: _Graph, path: Path, expected: ExpectedLayers, plan: Path) -> None:
+def _parse_and_serialize(build: _Build, graph: EngineGraph, path: Path, expected: ExpectedLayers, plan: Path) -> None:
     module, recipe = build.module, build.recipe
     messages, phases = Messages(), Phases()
     parsed = parse_network(module, path, messages)
@@ -240,7 +199,7 @@ def _parse_and_serialize(build: _Build, graph: _Graph, path: Path, expected: Exp
 
     def report(phase: str, part: float) -> None:
         done = graph.begins + int(part * (graph.ends - graph.begins))
-        build.on_progress(BuildProgress(graph.spec.name, phase if phase else "Building", done, _WHOLE))
+        build.on_progress(BuildProgress(graph.spec.name, phase if phase else "Building", done, WHOLE))
 
     built = run_watched(
         lambda: serialize(module, parsed.builder, parsed.network, config, plan), phases, report, on_look=trim_heap
@@ -249,14 +208,14 @@ def _parse_and_serialize(build: _Build, graph: _Graph, path: Path, expected: Exp
         raise _build_error(build, graph, messages)
     messages.require_no_loss(path)
     for text in messages.warnings:
-        build.on_warning(f"{graph.source}: {title(module)} says: {text}")
+        build.on_warning(f"{graph.title}: {title(module)} says: {text}")
     save_timing_cache(config, timing, build.timing_cache)
     report("", 1.0)
 
 
-def _build_error(build: _Build, graph: _Graph, messages: Messages) -> BackendError:
+def _build_error(build: _Build, graph: EngineGraph, messages: Messages) -> BackendError:
     cause, targets = messages.cause(), ", ".join(build.recipe.capabilities)
-    what = f"{graph.source}: {title(build.module)} cannot build it for {targets}: {cause}"
+    what = f"{graph.title}: {title(build.module)} cannot build it for {targets}: {cause}"
     if build.recipe.workspace is not None and any(word in cause for word in ("workspace", "OutOfMemory")):
         return BackendError(f"{what}; raise --workspace, or leave it out")
     return BackendError(f"{what}; use another version of TensorRT, or smaller limits")

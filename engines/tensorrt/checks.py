@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llava_deploy.engines.contract import DecoderShape, GraphSpec, TensorSpec, past_name, present_name
+from llava_deploy.engines.contract import GraphSpec, TensorSpec, past_name, present_name
 from llava_deploy.engines.errors import BackendError
-from llava_deploy.engines.manifest import QuantizationRecipe
 from llava_deploy.engines.names import CacheForm
 from llava_deploy.engines.tensorrt_module import DTYPES
 
@@ -49,17 +48,16 @@ def expected_vision(attentions: int) -> ExpectedLayers:
     return ExpectedLayers(attentions, None, (), 0, 0)
 
 
-def expected_decoder(shape: DecoderShape, quantization: QuantizationRecipe | None, cache: CacheForm) -> ExpectedLayers:
-    """Of a decoder: as many as the model has layers, and as many quantised weights as its manifest says."""
-    parts = [(i, part) for i in range(shape.layers) for part in ("key", "value")]
+def expected_decoder(layers: range, quantized: Mapping[int, int], cache: CacheForm) -> ExpectedLayers:
+    """Of a decoder, or a part of one, with these layers; ``quantized`` is how many matrices have 4 bits, how many 8."""
+    parts = [(i, part) for i in layers for part in ("key", "value")]
     in_place = cache == "in-place"
-    int8 = int(quantization is not None and quantization.lm_head == "int8")
     return ExpectedLayers(
-        attentions=shape.layers if in_place else 0,
+        attentions=len(layers) if in_place else 0,
         mask="attention_mask" if in_place else None,
         cache_updates=tuple((past_name(*part), present_name(*part)) for part in parts) if in_place else (),
-        int4=0 if quantization is None else quantization.weights - int8,
-        int8=int8,
+        int4=quantized.get(4, 0),
+        int8=quantized.get(8, 0),
     )
 
 

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llava_deploy.engines.errors import LlavaDeployError
-from llava_deploy.engines.manifest import Manifest
 from llava_deploy.engines.planner.build import build_memory
 from llava_deploy.engines.planner.machine import available_memory
-from llava_deploy.engines.planner.model import Sizes, planned_bundle
+from llava_deploy.engines.planner.model import PlannedModel, Sizes
 from llava_deploy.engines.tensorrt.adapter import free_device_memory
 from llava_deploy.engines.tensorrt_module import TensorRtModule
 from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
@@ -21,7 +20,7 @@ class BuildMemoryError(LlavaDeployError):
 
 def require_memory(
     bundle: Path,
-    manifest: Manifest,
+    model: PlannedModel,
     module: TensorRtModule,
     recipe: TensorRtRecipe,
     on_warning: Callable[[str], None],
@@ -33,8 +32,7 @@ def require_memory(
     Raises:
         BuildMemoryError: there is too little, on the host or on the GPU.
     """
-    model = planned_bundle(bundle, manifest)
-    planned = build_memory(model, module.backend, Sizes.of(recipe.limits), recipe.cache)
+    planned = build_memory(model, module.backend, Sizes.of(recipe.limits), recipe.cache, recipe.parts)
     device = free_device_memory() if planned.device else None
     for where, wanted, free in (
         ("memory", planned.anonymous, available_memory()),

@@ -41,6 +41,8 @@ class TensorRtBuildOptions:
         refit: weights can be replaced in the engines.
         timing_cache: file of measured kernels, read where it is there and written after the build.
         release: of TensorRT, as ``10.3``, whose dialect the graphs are lowered to; the module's.
+        parts: plans that the decoder is built as, which bounds what a build takes of memory; as few as keep each to
+            :data:`~llava_deploy.engines.planner.parts.LARGEST_PART`.
         skip_memory_check: go on where the plan says that memory will not do.
     """
 
@@ -59,6 +61,7 @@ class TensorRtBuildOptions:
     refit: bool = False
     timing_cache: Path | None = None
     release: str | None = None
+    parts: int | None = None
     skip_memory_check: bool = False
 
 

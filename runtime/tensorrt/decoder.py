@@ -14,9 +14,10 @@ from llava_deploy.engines.tensorrt_recipe import DECODE_PROFILE, PREFILL_PROFILE
 from llava_deploy.runtime.backend import Placement, step_mask, step_positions
 from llava_deploy.runtime.tensorrt.buffers import Arrays, Cache, Fields, Logits, Staging
 from llava_deploy.runtime.tensorrt.cuda import DeviceMemoryError
-from llava_deploy.runtime.tensorrt.engine import Context, Engine, Replay
+from llava_deploy.runtime.tensorrt.engine import Engine, Replay
 from llava_deploy.runtime.tensorrt.feeding import check_step, place_pictures, require_batch, require_fit, step_fields
 from llava_deploy.runtime.tensorrt.graphs import Step, Steps, bucket, capture_or_warn
+from llava_deploy.runtime.tensorrt.parts import DecoderParts, HiddenStates, PartContexts
 
 
 @dataclass(frozen=True)
@@ -25,41 +26,43 @@ class _Held:
 
     rows: int
     cache: Cache
+    hidden: HiddenStates
     logits: Logits
 
 
 class TensorRtDecoder:
-    """The decoder graph on the GPU; see :class:`DecoderSession`.
+    """The decoder graph on the GPU, in one part or several; see :class:`DecoderSession`.
 
     The cache is allocated for the largest batch so far, a smaller one has the first rows of it, and each of its buffers
     is bound as past and as present. A step of one token a row is run with the mask padded to a bucket of slots, from
-    the second time on as a CUDA graph: the copy of the inputs up, the engine, the copy of the logits down. The host
+    the second time on as a CUDA graph: the copy of the inputs up, the engines, the copy of the logits down. The host
     waits once a step.
     """
 
-    def __init__(self, engine: Engine, shape: DecoderShape, max_len: int) -> None:
+    def __init__(self, engines: Sequence[Engine], shape: DecoderShape, max_len: int) -> None:
         """Have a context for prompts; the cache comes with :meth:`begin`.
 
         Args:
-            engine: of a decoder whose cache is written in place.
+            engines: of a decoder whose cache is written in place, in the order of their layers.
             shape: of the decoder.
-            max_len: slots of the cache that are used, of those that the engine has.
+            max_len: slots of the cache that are used, of those that the engines have.
 
         Raises:
-            OptionError: ``max_len`` is more than the engine was built for.
+            OptionError: ``max_len`` is more than the engines were built for.
             DeviceMemoryError: there is no room.
             BackendError: TensorRT refuses.
         """
+        engine = engines[0]
         limits = require_fit(engine, "in-place", max_len)
-        engine.require(shape.spec(limits.max_batch))
         self.max_len = max_len
         self.max_seq = min(limits.max_seq, max_len)
         self.run_seconds = 0.0
         self._limits = limits
-        self._engine = engine
+        self._engines = DecoderParts(engines, shape.spec(limits.max_batch), shape)
+        self._parts = engine.recipe.parts
         self._device = engine.device
         self._shape = shape
-        self._prefill = engine.context(PREFILL_PROFILE, Replay.NEVER)
+        self._prefill = self._engines.context(PREFILL_PROFILE, Replay.NEVER)
         self._prompts = Staging(engine.device, "a prompt's embeddings")
         self._tokens = Staging(engine.device, "a step's embeddings")
         self._steps = Steps(self._make_step)
@@ -79,7 +82,10 @@ class TensorRtDecoder:
         try:
             self._tokens.lay_out(self._fields(batch, 1, most))  # at its largest: the steps' graphs use it as it is
             self._held = _Held(
-                batch, Cache(device, self._shape, batch, most), Logits(device, batch, self._shape.vocab_size)
+                batch,
+                Cache(device, self._shape, batch, most),
+                HiddenStates(device, self._shape, self._parts, batch * self.max_seq),
+                Logits(device, batch, self._shape.vocab_size),
             )
         except DeviceMemoryError as error:
             raise DeviceMemoryError(
@@ -138,7 +144,7 @@ class TensorRtDecoder:
 
     def _make_step(self, batch: int, total: int) -> Step:
         held = self._require_held()
-        context = self._engine.context(DECODE_PROFILE, Replay.BY_TENSORRT)
+        context = self._engines.context(DECODE_PROFILE, Replay.BY_TENSORRT)
         arrays = self._tokens.lay_out(self._fields(batch, 1, total))
         self._bind_held(context, held)
         self._bind_inputs(context, arrays, held)
@@ -158,22 +164,26 @@ class TensorRtDecoder:
         mask = host["attention_mask"]
         mask[:] = step_mask(write_indices, seq, mask.shape[3])
 
-    def _bind_inputs(self, context: Context, arrays: Arrays, held: _Held) -> None:
-        """Give a context its inputs, and the batch's part of the cache."""
+    def _bind_inputs(self, contexts: PartContexts, arrays: Arrays, held: _Held) -> None:
+        """Give contexts their inputs, and the batch's part of the cache."""
         for name, address in arrays.addresses.items():
-            context.reshape(name, arrays.host[name].shape)
-            context.bind(name, address)
+            contexts.reshape(name, arrays.host[name].shape)
+            contexts.bind(name, address)
+        for name in held.hidden.addresses:
+            contexts.reshape(name, arrays.host["inputs_embeds"].shape)
         shape = (self._batch, self._shape.kv_heads, self._limits.max_len, self._shape.head_dim)
         for name in held.cache.addresses:
-            context.reshape(name, shape)
+            contexts.reshape(name, shape)
 
-    def _bind_held(self, context: Context, held: _Held) -> None:
+    def _bind_held(self, contexts: PartContexts, held: _Held) -> None:
         for layer in range(self._shape.layers):
             for part in ("key", "value"):
                 address = held.cache.addresses[past_name(layer, part)]
-                context.bind(past_name(layer, part), address)
-                context.bind(present_name(layer, part), address)
-        context.bind("logits", held.logits.address)
+                contexts.bind(past_name(layer, part), address)
+                contexts.bind(present_name(layer, part), address)
+        for name, address in held.hidden.addresses.items():
+            contexts.bind(name, address)
+        contexts.bind("logits", held.logits.address)
 
     def _require_held(self) -> _Held:
         if self._held is None:

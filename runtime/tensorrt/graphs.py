@@ -11,7 +11,7 @@ import numpy as np
 from llava_deploy.engines.errors import BackendError
 from llava_deploy.runtime.tensorrt.buffers import Arrays, Logits
 from llava_deploy.runtime.tensorrt.cuda import Device, DeviceMemoryError, Graph
-from llava_deploy.runtime.tensorrt.engine import Context
+from llava_deploy.runtime.tensorrt.parts import PartContexts
 
 STEPS_KEPT = 32
 """Shapes whose contexts and graphs are kept; the one used longest ago goes first."""
@@ -31,15 +31,15 @@ def bucket(total: int, most: int) -> int:
 class Step:
     """One shape of decode step.
 
-    A context of its own goes with each: a captured graph belongs to the shapes that its context had, and a context that
-    is given others would spoil it.
+    Contexts of its own go with each: a captured graph belongs to the shapes that its contexts had, and one that is given
+    others would spoil it.
     """
 
-    def __init__(self, device: Device, context: Context, arrays: Arrays, logits: Logits, batch: int) -> None:
+    def __init__(self, device: Device, contexts: PartContexts, arrays: Arrays, logits: Logits, batch: int) -> None:
         self.arrays = arrays
         """To be filled before :meth:`run`."""
         self._device = device
-        self._context = context
+        self._contexts = contexts
         self._logits = logits
         self._batch = batch
         self._graph: Graph | None = None
@@ -61,7 +61,7 @@ class Step:
 
     def _queue(self) -> None:
         self.arrays.upload()
-        self._context.run()
+        self._contexts.run()
         self._found = self._logits.download(self._batch)
 
 

@@ -15,8 +15,9 @@ from llava_deploy.runtime.backend import Placement, step_positions
 from llava_deploy.runtime.cache_map import CacheMap
 from llava_deploy.runtime.tensorrt.buffers import Arrays, Logits, Staging
 from llava_deploy.runtime.tensorrt.cuda import DeviceMemoryError
-from llava_deploy.runtime.tensorrt.engine import Context, Engine, Replay
+from llava_deploy.runtime.tensorrt.engine import Engine, Replay
 from llava_deploy.runtime.tensorrt.feeding import check_step, place_pictures, require_batch, require_fit, step_fields
+from llava_deploy.runtime.tensorrt.parts import DecoderParts, HiddenStates, PartContexts
 from llava_deploy.runtime.tensorrt.ping_pong import PingPong
 
 
@@ -26,39 +27,42 @@ class _Held:
 
     rows: int
     cache: PingPong
+    hidden: HiddenStates
     logits: Logits
 
 
 class GrowingDecoder:
-    """The decoder graph on the GPU; see :class:`DecoderSession`.
+    """The decoder graph on the GPU, in one part or several; see :class:`DecoderSession`.
 
     A :class:`CacheMap` says which place of the cache holds which slot of which row, and so what the mask lets through.
     Shapes change with every step, so that nothing is replayed as a CUDA graph.
     """
 
-    def __init__(self, engine: Engine, shape: DecoderShape, max_len: int) -> None:
+    def __init__(self, engines: Sequence[Engine], shape: DecoderShape, max_len: int) -> None:
         """Have contexts for prompts and for single tokens; the cache comes with :meth:`begin`.
 
         Args:
-            engine: of a decoder whose cache grows.
+            engines: of a decoder whose cache grows, in the order of their layers.
             shape: of the decoder.
-            max_len: slots of the cache, of those that the engine was built for; memory is taken for these.
+            max_len: slots of the cache, of those that the engines were built for; memory is taken for these.
 
         Raises:
-            OptionError: ``max_len`` is more than the engine was built for.
+            OptionError: ``max_len`` is more than the engines were built for.
             DeviceMemoryError: there is no room.
             BackendError: TensorRT refuses.
         """
+        engine = engines[0]
         limits = require_fit(engine, "growing", max_len)
-        engine.require(shape.growing_spec(limits.max_batch))
+        parts = DecoderParts(engines, shape.growing_spec(limits.max_batch), shape)
         self.max_len = max_len
         self.max_seq = min(limits.max_seq, max_len)
         self.run_seconds = 0.0
         self._limits = limits
         self._device = engine.device
         self._shape = shape
-        self._prefill = engine.context(PREFILL_PROFILE, Replay.NEVER)
-        self._decode = engine.context(DECODE_PROFILE, Replay.NEVER)
+        self._parts = engine.recipe.parts
+        self._prefill = parts.context(PREFILL_PROFILE, Replay.NEVER)
+        self._decode = parts.context(DECODE_PROFILE, Replay.NEVER)
         self._prompts = Staging(engine.device, "a prompt's embeddings")
         self._tokens = Staging(engine.device, "a step's embeddings")
         self._held: _Held | None = None
@@ -110,16 +114,16 @@ class GrowingDecoder:
             held.cache.pack(packing)
             places.packed(packing)
         single = seq == 1 and not pictures
-        context, staging = (self._decode, self._tokens) if single else (self._prefill, self._prompts)
+        contexts, staging = (self._decode, self._tokens) if single else (self._prefill, self._prompts)
         arrays = staging.lay_out(step_fields(self._shape, batch, seq, places.past_len + seq))
         arrays.host["inputs_embeds"][:] = inputs_embeds
         arrays.host["position_ids"][:] = step_positions(write_indices, seq)
         arrays.host["attention_mask"][:] = places.mask(write_indices, seq)
         arrays.host["last_index"][:] = last_index
         place_pictures(self._device, arrays, pictures)
-        self._bind(context, arrays, held, (batch, self._shape.kv_heads, places.past_len, self._shape.head_dim))
+        self._bind(contexts, arrays, held, (batch, self._shape.kv_heads, places.past_len, self._shape.head_dim))
         began = time.perf_counter()
-        context.run()
+        contexts.run()
         logits = held.logits.download(batch)
         self._device.synchronize()
         self.run_seconds += time.perf_counter() - began
@@ -128,7 +132,12 @@ class GrowingDecoder:
     def _allocate(self, rows: int) -> _Held:
         device, shape, places = self._device, self._shape, self.max_len + 1
         try:
-            held = _Held(rows, PingPong(device, shape, rows, places), Logits(device, rows, shape.vocab_size))
+            held = _Held(
+                rows,
+                PingPong(device, shape, rows, places),
+                HiddenStates(device, shape, self._parts, rows * self.max_seq),
+                Logits(device, rows, shape.vocab_size),
+            )
             self._tokens.lay_out(step_fields(self._shape, rows, 1, places))  # once, at its largest
         except DeviceMemoryError as error:
             raise DeviceMemoryError(
@@ -136,13 +145,16 @@ class GrowingDecoder:
             ) from error
         return held
 
-    def _bind(self, context: Context, arrays: Arrays, held: _Held, past: tuple[int, ...]) -> None:
+    def _bind(self, contexts: PartContexts, arrays: Arrays, held: _Held, past: tuple[int, ...]) -> None:
         for name, address in arrays.addresses.items():
-            context.reshape(name, arrays.host[name].shape)
-            context.bind(name, address)
+            contexts.reshape(name, arrays.host[name].shape)
+            contexts.bind(name, address)
         for name, address in held.cache.bindings().items():
-            context.bind(name, address)
+            contexts.bind(name, address)
+        for name, address in held.hidden.addresses.items():
+            contexts.reshape(name, arrays.host["inputs_embeds"].shape)
+            contexts.bind(name, address)
         for layer in range(self._shape.layers):
             for part in ("key", "value"):
-                context.reshape(past_name(layer, part), past)
-        context.bind("logits", held.logits.address)
+                contexts.reshape(past_name(layer, part), past)
+        contexts.bind("logits", held.logits.address)

@@ -119,7 +119,7 @@ from llava_deploy.exporter.checkpoint import open_checkpoint
 from llava_deploy.exporter.plan_source import planned_checkpoint
 from llava_deploy.exporter.quantization.request import QuantizeOptions
 model = planned_checkpoint(open_checkpoint(Path(sys.argv[1])), "int4", QuantizeOptions(128, False, "fp16"))
-plan(model, find_board("orin-nano-8gb"), resolve_sizes(model, 1, None, None))
+plan(model, find_board("orin-nano-8gb"), resolve_sizes(model, 1, None, None), None)
 print("torch" in sys.modules, time.process_time(), model.source.nbytes)
 """
     run = [sys.executable, "-c", script, str(tmp_path / "7b")]

@@ -34,7 +34,7 @@ from llava_deploy.runtime.tensorrt_choice import TensorRtChoice
 
 VERSIONS: dict[TensorRtBackend, str] = {"tensorrt": "10.13.3.9", "tensorrt-rtx": "1.7.1.116"}
 RECIPE = TensorRtRecipe(
-    "1.7", "in-place", EngineLimits(2, 64, 32, 2, 1, 16, 32, 1), ("sm86", "sm89"), None, False, False
+    "1.7", "in-place", (4,), EngineLimits(2, 64, 32, 2, 1, 16, 32, 1), ("sm86", "sm89"), None, False, False
 )
 PLANS = ("vision.plan", "decoder.plan")
 ON_THE_CPU = f"ONNX Runtime {onnxruntime.__version__} on the CPU, canonical graphs"

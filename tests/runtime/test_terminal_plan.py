@@ -18,7 +18,7 @@ from llava_deploy.runtime.terminal_plan import plan_tables
 
 def planned(bundle: Path, board: Board) -> dict[str, Any]:
     model = planned_bundle(bundle, read_manifest(bundle))
-    return plan(model, board, resolve_sizes(model, 2, 512, None)).to_dict()
+    return plan(model, board, resolve_sizes(model, 2, 512, None), None).to_dict()
 
 
 def lines_of(text: str, stage: str) -> list[str]:

@@ -16,6 +16,7 @@ from llava_deploy.engines.planner.build import build_memory
 from llava_deploy.engines.planner.export import export_memory
 from llava_deploy.engines.planner.memory import Memory
 from llava_deploy.engines.planner.model import PlannedModel, Sizes
+from llava_deploy.engines.planner.parts import decoder_parts
 from llava_deploy.engines.planner.run import run_memory
 from llava_deploy.exporter.config import LlavaConfig
 from llava_deploy.exporter.plan_source import planned_config
@@ -40,13 +41,14 @@ def model(entry: dict[str, Any]) -> PlannedModel:
 
 
 def estimate(entry: dict[str, Any]) -> Memory:
+    planned = model(entry)
     stage, _, backend = entry["stage"].partition(" ")
     if stage == "export":
-        return export_memory(model(entry))
+        return export_memory(planned)
     if stage == "build":
-        return build_memory(model(entry), backend, Sizes.of_run(1, 1, 1))
+        return build_memory(planned, backend, Sizes.of_run(1, 1, 1), "in-place", decoder_parts(planned, None))
     sizes = Sizes.of_run(entry["batch"], entry["length"], entry["pictures"])
-    return run_memory(model(entry), backend, sizes, "in-place")
+    return run_memory(planned, backend, sizes, "in-place", (planned.decoder.layers,))
 
 
 def title(entry: dict[str, Any]) -> str:
@@ -66,7 +68,9 @@ def test_builds_of_7b_for_tensorrt_are_within_15_percent(name: str) -> None:
     measured = BUILDS_OF_7B[name]
     precision = measured["precision"] + ("-symmetric" if measured["form"] == "symmetric" else "")
     entry = {"model": "7b-4-layers", "layers": measured["layers"], "precision": precision}
-    memory = build_memory(model(entry), "tensorrt-rtx", Sizes.of_run(measured["batch"], 1, 1))
+    planned = model(entry)
+    parts = decoder_parts(planned, 1)
+    memory = build_memory(planned, "tensorrt-rtx", Sizes.of_run(measured["batch"], 1, 1), "in-place", parts)
     for kind, planned in (("RssAnon", memory.anonymous), ("RssFile", memory.mapped)):
         peak = max(part[kind]["bytes"] for part in measured["peaks"].values())
         assert planned == pytest.approx(peak, rel=WITHIN)

@@ -13,6 +13,7 @@ from llava_deploy.engines.names import CacheForm
 from llava_deploy.engines.planner.boards import BOARDS, Board, find_board
 from llava_deploy.engines.planner.memory import Memory, Part
 from llava_deploy.engines.planner.model import PlannedModel, Sizes
+from llava_deploy.engines.planner.parts import decoder_parts
 from llava_deploy.engines.planner.plan import MOST_ROWS, Plan, StagePlan, fits, plan, resolve_sizes
 from llava_deploy.engines.planner.run import cache_form_of, decode_bound, decode_bytes, run_memory
 
@@ -27,7 +28,7 @@ def stage(planned: Plan, name: str, backend: str | None) -> StagePlan:
 
 def test_every_stage_is_planned_for_every_backend(seven_b: SevenB) -> None:
     model = seven_b("int4")
-    planned = plan(model, find_board("rtx-4090"), resolve_sizes(model, 1, None, None))
+    planned = plan(model, find_board("rtx-4090"), resolve_sizes(model, 1, None, None), None)
     assert [(s.stage, s.backend) for s in planned.stages] == [
         ("export", None),
         *((name, backend) for backend in ("onnxruntime", "tensorrt", "tensorrt-rtx") for name in ("build", "run")),
@@ -36,7 +37,7 @@ def test_every_stage_is_planned_for_every_backend(seven_b: SevenB) -> None:
 
 
 def test_a_bundle_is_not_exported_again(demo: PlannedModel) -> None:
-    planned = plan(demo, find_board("h100"), resolve_sizes(demo, 1, None, None))
+    planned = plan(demo, find_board("h100"), resolve_sizes(demo, 1, None, None), None)
     assert "export" not in {s.stage for s in planned.stages}
 
 
@@ -56,7 +57,7 @@ def test_7b_runs_with_tensorrt_where_one_would_expect_it(
     seven_b: SevenB, precision: str, board: str, expected: bool
 ) -> None:
     model = seven_b(precision)
-    planned = plan(model, find_board(board), resolve_sizes(model, 1, 1024, None))
+    planned = plan(model, find_board(board), resolve_sizes(model, 1, 1024, None), None)
     assert stage(planned, "run", "tensorrt").fits is expected
 
 
@@ -65,12 +66,13 @@ def test_7b_runs_with_tensorrt_where_one_would_expect_it(
 def test_the_largest_sizes_fit_and_no_larger_ones(seven_b: SevenB, board: str, precision: str) -> None:
     model, home = seven_b(precision), find_board(board)
     sizes = resolve_sizes(model, 2, 1024, None)
-    run = stage(plan(model, home, sizes), "run", "tensorrt")
+    run = stage(plan(model, home, sizes, None), "run", "tensorrt")
     assert run.largest_batch is not None
     assert run.largest_len is not None
 
     def does_fit(at: Sizes) -> bool:
-        return fits(run_memory(model, "tensorrt", at, cache_form_of("tensorrt", home)), home) is True
+        memory = run_memory(model, "tensorrt", at, cache_form_of("tensorrt", home), decoder_parts(model, None))
+        return fits(memory, home) is True
 
     for n in (run.largest_batch, run.largest_batch + 1):
         if 1 <= n <= MOST_ROWS:
@@ -101,17 +103,17 @@ def test_a_card_is_held_against_its_own_memory_and_the_hosts_where_that_is_known
 def test_what_a_board_cannot_run_is_said(seven_b: SevenB) -> None:
     model = seven_b("int4")
     sizes = resolve_sizes(model, 1, None, None)
-    rtx = stage(plan(model, find_board("agx-orin-64gb"), sizes), "run", "tensorrt-rtx")
+    rtx = stage(plan(model, find_board("agx-orin-64gb"), sizes, None), "run", "tensorrt-rtx")
     assert (rtx.memory, rtx.fits, rtx.note) == (None, False, "TensorRT for RTX 1.7 knows no sm87")
     bare = Board("auto", "a laptop", None, 16 * GB, False, None, None, None, "")
-    planned = plan(model, bare, sizes)
+    planned = plan(model, bare, sizes, None)
     assert stage(planned, "run", "tensorrt").note == "no NVIDIA GPU"
     assert stage(planned, "run", "onnxruntime").fits is True
 
 
 def test_decode_speed_is_bandwidth_over_what_a_step_reads(seven_b: SevenB) -> None:
     model = seven_b("fp16")
-    planned = plan(model, find_board("h100"), resolve_sizes(model, 4, 2048, None))
+    planned = plan(model, find_board("h100"), resolve_sizes(model, 4, 2048, None), None)
     speed = stage(planned, "run", "tensorrt").speed
     assert speed is not None
     weights = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32064)  # norms and tables are a thousandth of it
@@ -139,7 +141,7 @@ def test_a_growing_cache_is_there_twice(seven_b: SevenB) -> None:
     model, sizes = seven_b("int4"), Sizes.of_run(1, 4096, 1)
 
     def cache(form: CacheForm) -> int:
-        parts = run_memory(model, "tensorrt", sizes, form).parts
+        parts = run_memory(model, "tensorrt", sizes, form, (32,)).parts
         return sum(part.nbytes for part in parts if part.name == "KV cache")
 
     assert cache("in-place") == 4096 * model.cache_bytes_per_slot
@@ -150,7 +152,7 @@ def test_a_growing_cache_is_there_twice(seven_b: SevenB) -> None:
 
 def test_a_plan_is_json(seven_b: SevenB) -> None:
     model = seven_b("int4")
-    planned = plan(model, find_board("thor-128gb"), resolve_sizes(model, 1, None, None))
+    planned = plan(model, find_board("thor-128gb"), resolve_sizes(model, 1, None, None), None)
     plain = json.loads(json.dumps(planned.to_dict()))
     run = next(s for s in plain["stages"] if (s["stage"], s["backend"]) == ("run", "tensorrt"))
     assert run["memory"]["device"] == sum(p["nbytes"] for p in run["memory"]["parts"] if p["place"] == "device")

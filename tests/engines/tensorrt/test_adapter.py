@@ -145,7 +145,7 @@ def test_the_flags_that_a_recipe_asks_for(backend: TensorRtBackend) -> None:
         )
         workspace = 4096 if asked else None
         recipe = TensorRtRecipe(
-            "1.7", "in-place", LIMITS, ("sm89",), workspace, version_compatible=asked, refittable=asked
+            "1.7", "in-place", (2,), LIMITS, ("sm89",), workspace, version_compatible=asked, refittable=asked
         )
         set_flags(module, config, recipe)
         assert {flag.name for flag in is_set} == wanted

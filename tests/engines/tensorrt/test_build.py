@@ -13,7 +13,6 @@ import pytest
 import tensorrt_rtx
 
 from llava_deploy.engines.engine_manifest import (
-    DECODER_PLAN,
     ENGINE_MANIFEST,
     ENGINES,
     VISION_PLAN,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from fake_gpu import FakeGpu
 
 VERSION = tensorrt_rtx.__version__
+DECODER_PLAN = "decoder.plan"
 NAME = f"tensorrt-rtx-{VERSION}-sm89"
 
 
@@ -93,7 +93,9 @@ def test_the_manifest_says_what_the_engines_are(built: Path) -> None:
     directory = built / ENGINES / NAME
     manifest = read_manifest(built)
     limits = resolve_limits(options(), manifest)
-    recipe = TensorRtRecipe("1.7", "in-place", limits, ("sm89",), None, version_compatible=False, refittable=False)
+    recipe = TensorRtRecipe(
+        "1.7", "in-place", (2,), limits, ("sm89",), None, version_compatible=False, refittable=False
+    )
     engine = read_engine_manifest(directory)
     assert engine.key == EngineKey("tensorrt-rtx", VERSION, "sm89", source_digest(manifest), None, recipe)
     assert engine.files == tuple(describe_file(directory, name) for name in (DECODER_PLAN, VISION_PLAN))

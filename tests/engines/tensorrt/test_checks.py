@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -231,13 +232,11 @@ def test_a_plugin(decoder: Callable[..., Any]) -> None:
     assert "want 0 plugins, found 3" in refusal(Network(decoder(Mistakes())))
 
 
-def test_a_decoder_has_what_its_manifest_says(demo_bundle_fp16: Any) -> None:
-    from llava_deploy.engines.manifest import QuantizationRecipe, read_manifest
-
-    shape = read_manifest(demo_bundle_fp16).decoder
-    recipe = QuantizationRecipe("rtn", 32, False, "int8", 29, 4)
-    expected = expected_decoder(shape, recipe, "in-place")
-    assert (expected.attentions, expected.int4, expected.int8) == (shape.layers, 28, 1)
-    assert len({*expected.cache_updates}) == 2 * shape.layers
-    growing = expected_decoder(shape, None, "growing")
-    assert growing == ExpectedLayers(0, None, (), 0, 0)
+def test_a_part_of_a_decoder_has_its_own_layers() -> None:
+    expected = expected_decoder(range(4, 8), Counter({4: 28, 8: 1}), "in-place")
+    assert (expected.attentions, expected.mask, expected.int4, expected.int8) == (4, "attention_mask", 28, 1)
+    names = [name for pair in expected.cache_updates for name in pair]
+    assert sorted(names) == sorted(
+        f"{kind}.{layer}.{part}" for kind in ("past", "present") for layer in range(4, 8) for part in ("key", "value")
+    )
+    assert expected_decoder(range(2), Counter(), "growing") == ExpectedLayers(0, None, (), 0, 0)

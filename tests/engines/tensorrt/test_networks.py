@@ -14,10 +14,12 @@ import onnx_ir as ir
 import pytest
 from tensorrt_families import KINDS
 
-from llava_deploy.engines.engine_manifest import DECODER_PLAN, VISION_PLAN, read_engine_manifest
+from llava_deploy.engines.engine_manifest import VISION_PLAN, read_engine_manifest
 from llava_deploy.engines.lowering.files import lower_beside
 from llava_deploy.engines.lowering.tensorrt import decoder_passes, vision_passes
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, read_manifest
+from llava_deploy.engines.planner.model import planned_bundle
+from llava_deploy.engines.planner.parts import quantized_weights
 from llava_deploy.engines.tensorrt.builder import build_tensorrt
 from llava_deploy.engines.tensorrt.checks import check_network, expected_decoder, expected_vision, with_sizes
 from llava_deploy.engines.tensorrt.constructs import Release, cache_form, parse_release
@@ -54,7 +56,8 @@ def parse_and_check(bundle: Path, directory: Path, module: TensorRtModule, relea
     spec = manifest.decoder.spec() if cache == "in-place" else manifest.decoder.growing_spec()
     vision = lower_beside(bundle / VISION_GRAPH, directory, vision_passes(release))
     decoder = lower_beside(bundle / DECODER_GRAPH, directory, decoder_passes(cache, MAX_LEN))
-    expected = expected_decoder(manifest.decoder, manifest.quantization, cache)
+    quantized = quantized_weights(planned_bundle(bundle, manifest).decoder_weights)
+    expected = expected_decoder(range(manifest.decoder.layers), quantized, cache)
     for lowered, contract, layers in (
         (vision, manifest.vision.spec(), expected_vision(vision.operators["Attention"])),
         (decoder, with_sizes(spec, {"max_len": MAX_LEN}), expected),
@@ -100,7 +103,7 @@ def test_one_build_for_four_generations(family: str, stored: str, bundle_of: Mak
     directory = build(bundle_of(family, stored), tmp_path, 2)
     manifest = read_engine_manifest(directory)
     assert directory.name.endswith("-".join(CAPABILITIES))
-    assert {entry.path for entry in manifest.files} == {VISION_PLAN, DECODER_PLAN}
+    assert {entry.path for entry in manifest.files} == {VISION_PLAN, "decoder.plan"}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,7 @@ def test_weights_are_held_once_and_in_their_bits(
     for family in ("wide", "twice as wide"):
         (tmp_path / family).mkdir()
         bundle = bundle_of(family, stored)
-        sizes.append((build(bundle, tmp_path / family, rows) / DECODER_PLAN).stat().st_size)
+        sizes.append((build(bundle, tmp_path / family, rows) / "decoder.plan").stat().st_size)
         graph = ir.load(bundle / DECODER_GRAPH).graph.initializers
         values.append(sum(math.prod(v.shape.numpy()) for name, v in graph.items() if name.endswith("proj.weight")))
         others.append(2 * math.prod(graph["lm_head.weight"].shape.numpy()))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from llava_deploy.engines.engine_manifest import decoder_plans, read_engine_manifest
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest, read_manifest
 from llava_deploy.engines.tensorrt_module import TensorRtBackend, import_tensorrt
 from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeDecoder, OnnxRuntimeOptions, OnnxRuntimeVision
@@ -39,14 +40,19 @@ def load(fake_gpu: FakeGpu) -> Callable[..., Sessions]:
 
     def load(bundle: Path, directory: Path, backend: TensorRtBackend = "tensorrt-rtx", max_len: int = 256) -> Sessions:
         device, manifest = Device(), read_manifest(bundle)
-        plans = open_plans(directory, ["vision.plan", "decoder.plan"], import_tensorrt(backend), device)
-        decoder = TensorRtDecoder(plans[1], manifest.decoder, max_len)
+        recipe = read_engine_manifest(directory).key.tensorrt
+        assert recipe is not None
+        plans = open_plans(directory, ["vision.plan", *decoder_plans(recipe)], import_tensorrt(backend), device)
+        decoder = TensorRtDecoder(plans[1:], manifest.decoder, max_len)
         return Sessions(TensorRtVision(plans[0], manifest.vision), decoder, manifest)
 
     return load
 
 
-@pytest.fixture(params=["tensorrt-rtx", "tensorrt"])
+@pytest.fixture(
+    params=[("tensorrt-rtx", (4,)), ("tensorrt", (4,)), ("tensorrt-rtx", (1, 3)), ("tensorrt", (2, 1, 1))],
+    ids=lambda param: f"{param[0]} in {len(param[1])}",
+)
 def sessions(
     request: pytest.FixtureRequest,
     fake_gpu: FakeGpu,
@@ -54,11 +60,12 @@ def sessions(
     tmp_path: Path,
     load: Callable[..., Sessions],
 ) -> Sessions:
-    """The demo model in float32, with TensorRT for RTX and with the full TensorRT."""
+    """The demo model in float32, with TensorRT for RTX and with the full TensorRT, in one part and in several."""
     fake_gpu.provide("tensorrt", FULL)
-    version = {"version": FULL} if request.param == "tensorrt" else {}
-    directory = fake_gpu.write_engine(demo_bundle, tmp_path / "engine", backend=request.param, **version)
-    return load(demo_bundle, directory, request.param)
+    backend, parts = request.param
+    version = {"version": FULL} if backend == "tensorrt" else {}
+    directory = fake_gpu.write_engine(demo_bundle, tmp_path / "engine", backend=backend, parts=parts, **version)
+    return load(demo_bundle, directory, backend)
 
 
 @pytest.fixture

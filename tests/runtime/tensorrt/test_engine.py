@@ -24,7 +24,7 @@ from llava_deploy.runtime.tensorrt.plans import fits_version, open_plans
 if TYPE_CHECKING:
     from fake_gpu import FakeGpu
 
-RECIPE = TensorRtRecipe("1.7", "in-place", EngineLimits(1, 1, 1, 1, 1, 1, 1, 1), ("sm89",), None, False, False)
+RECIPE = TensorRtRecipe("1.7", "in-place", (4,), EngineLimits(1, 1, 1, 1, 1, 1, 1, 1), ("sm89",), None, False, False)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_plan_that_its_manifest_does_not_have(directory: Path, refused: Any) -
     ],
 )
 def test_versions(built: str, compatible: bool, installed: str, fits: bool) -> None:
-    recipe = TensorRtRecipe("1.7", "in-place", RECIPE.limits, ("sm89",), None, compatible, False)
+    recipe = TensorRtRecipe("1.7", "in-place", (4,), RECIPE.limits, ("sm89",), None, compatible, False)
     assert fits_version(built, recipe, installed) is fits
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from llava_deploy.engines.engine_manifest import ENGINES
+from llava_deploy.engines.engine_manifest import ENGINES, decoder_plans, read_engine_manifest
 from llava_deploy.engines.errors import BackendError, ContractError, OptionError
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, read_manifest
 from llava_deploy.engines.tensorrt_module import import_tensorrt
@@ -38,17 +38,21 @@ MAX_LEN = 40
 Embeddings = Callable[..., np.ndarray]
 
 
-@pytest.fixture
-def engines(fake_gpu: FakeGpu, demo_bundle: Path, tmp_path: Path) -> list[Engine]:
-    """Vision and decoder."""
+@pytest.fixture(params=[(4,), (1, 2, 1)], ids=lambda parts: f"in {len(parts)}")
+def engines(request: pytest.FixtureRequest, fake_gpu: FakeGpu, demo_bundle: Path, tmp_path: Path) -> list[Engine]:
+    """Vision and decoder, in one part and in three."""
     fake_gpu.provide("tensorrt", OLD)
-    directory = fake_gpu.write_engine(demo_bundle, tmp_path / "e", backend="tensorrt", version=OLD, cache="growing")
-    return open_plans(directory, ["vision.plan", "decoder.plan"], import_tensorrt("tensorrt"), Device())
+    directory = fake_gpu.write_engine(
+        demo_bundle, tmp_path / "e", backend="tensorrt", version=OLD, cache="growing", parts=request.param
+    )
+    recipe = read_engine_manifest(directory).key.tensorrt
+    assert recipe is not None
+    return open_plans(directory, ["vision.plan", *decoder_plans(recipe)], import_tensorrt("tensorrt"), Device())
 
 
 @pytest.fixture
 def decoder(engines: list[Engine], demo_bundle: Path) -> GrowingDecoder:
-    return GrowingDecoder(engines[1], read_manifest(demo_bundle).decoder, MAX_LEN)
+    return GrowingDecoder(engines[1:], read_manifest(demo_bundle).decoder, MAX_LEN)
 
 
 @pytest.fixture
@@ -187,12 +191,12 @@ def test_what_does_not_fit(
     with pytest.raises(BackendError, match="slots 0 to 39, and 40 to 40 are to be written"):
         decoder.step(embeddings(2, 1), np.full(2, 40), np.zeros(2, np.int64))
     with pytest.raises(OptionError, match="max_len: want 1 to 256, what the engine was built for, got 257"):
-        GrowingDecoder(engines[1], shape, 257)
+        GrowingDecoder(engines[1:], shape, 257)
     with pytest.raises(ContractError, match="want an engine whose cache is 'in-place', found 'growing'"):
-        TensorRtDecoder(engines[1], shape, MAX_LEN)
+        TensorRtDecoder(engines[1:], shape, MAX_LEN)
     engines[1].recipe = replace(engines[1].recipe, cache="in-place")
     with pytest.raises(ContractError, match="want an engine whose cache is 'growing', found 'in-place'"):
-        GrowingDecoder(engines[1], shape, MAX_LEN)
+        GrowingDecoder(engines[1:], shape, MAX_LEN)
 
 
 @pytest.fixture(params=["fp16", "int4"])

@@ -131,13 +131,18 @@ class FakeGpu:
         limits: EngineLimits = LIMITS,
         capabilities: tuple[str, ...] = ("sm89",),
         cache: CacheForm = "in-place",
+        parts: tuple[int, ...] | None = None,
         passes: Sequence[ir.passes.InPlacePass] | None = None,
         version_compatible: bool = False,
     ) -> Path:
-        """An engine's directory that this GPU runs; ``passes`` over the decoder, in place of the usual ones."""
+        """An engine's directory that this GPU runs.
+
+        ``parts`` are the layers of each plan of the decoder, by default one; ``passes`` go over the decoder in place of
+        the usual ones.
+        """
         graphs = self._place / str(len(list(self._place.iterdir())))
         graphs.mkdir()
         return write_engine(
             bundle, directory, graphs, backend=backend, version=version, limits=limits, capabilities=capabilities,
-            cache=cache, passes=passes, version_compatible=version_compatible,
+            cache=cache, parts=parts, passes=passes, version_compatible=version_compatible,
         )  # fmt: skip

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from llava_deploy.engines.contract import GraphSpec
+from llava_deploy.engines.decoder_parts import layer_ranges, part_spec
 from llava_deploy.engines.engine_manifest import (
     ENGINE_FORMAT_VERSION,
     ENGINE_MANIFEST,
+    VISION_PLAN,
     EngineKey,
     EngineManifest,
+    decoder_plans,
     source_digest,
 )
+from llava_deploy.engines.lowering.decoder_layers import TakeLayers
 from llava_deploy.engines.lowering.files import lower_file
 from llava_deploy.engines.lowering.tensorrt import decoder_passes, vision_passes
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, describe_file, read_manifest
@@ -24,8 +28,6 @@ from llava_deploy.engines.names import CacheForm
 from llava_deploy.engines.tensorrt.constructs import release_of
 from llava_deploy.engines.tensorrt_module import TensorRtBackend, TensorRtModule
 from llava_deploy.engines.tensorrt_recipe import EngineLimits, TensorRtRecipe
-
-PLANS = ("vision.plan", "decoder.plan")
 
 
 def decoder_sizes(limits: EngineLimits, cache: CacheForm) -> list[dict[str, tuple[int, int, int]]]:
@@ -65,6 +67,7 @@ def write_engine(
     limits: EngineLimits,
     capabilities: tuple[str, ...],
     cache: CacheForm,
+    parts: tuple[int, ...] | None,
     passes: Sequence[ir.passes.InPlacePass] | None,
     version_compatible: bool,
 ) -> Path:
@@ -72,26 +75,30 @@ def write_engine(
     manifest = read_manifest(bundle)
     release = release_of(TensorRtModule(backend, None, version))
     spoken = f"{release.major}.{release.minor}"
-    recipe = TensorRtRecipe(spoken, cache, limits, capabilities, None, version_compatible, refittable=False)
+    shape, vision = manifest.decoder, manifest.vision.spec(limits.max_images)
+    parts = (shape.layers,) if parts is None else parts
+    recipe = TensorRtRecipe(spoken, cache, parts, limits, capabilities, None, version_compatible, refittable=False)
     key = EngineKey(backend, version, "-".join(capabilities), source_digest(manifest), None, recipe)
     directory = bundle / key.directory if directory is None else directory
     directory.mkdir(parents=True)
     passes = decoder_passes(cache, limits.max_len) if passes is None else passes
-    decoder = lower_file(bundle / DECODER_GRAPH, graphs, passes)
-    shape, vision = manifest.decoder, manifest.vision.spec(limits.max_images)
-    spec = shape.spec(limits.max_batch) if cache == "in-place" else shape.growing_spec(limits.max_batch)
-    profiles = {
-        "vision.plan": profiles_of(vision, [{"images": (1, limits.opt_images, limits.max_images)}]),
-        "decoder.plan": profiles_of(spec, decoder_sizes(limits, cache)),
-    }
+    whole = shape.spec(limits.max_batch) if cache == "in-place" else shape.growing_spec(limits.max_batch)
     tower = lower_file(bundle / VISION_GRAPH, graphs, vision_passes(release))
-    for plan, onnx in zip(PLANS, (tower, decoder), strict=True):
-        content = {
-            "backend": backend, "version": version, "capabilities": capabilities, "cache": cache,
-            "onnx": str(onnx.resolve()), "profiles": profiles[plan],
-        }  # fmt: skip
-        (directory / plan).write_text(json.dumps(content), encoding="utf-8")
-    files = tuple(describe_file(directory, plan) for plan in PLANS)
+    plans = {VISION_PLAN: (tower, profiles_of(vision, [{"images": (1, limits.opt_images, limits.max_images)}]))}
+    for plan, layers in zip(decoder_plans(recipe), layer_ranges(parts), strict=True):
+        (place := graphs / plan).mkdir()
+        onnx = lower_file(bundle / DECODER_GRAPH, place, [TakeLayers(layers), *passes])
+        plans[plan] = onnx, profiles_of(part_spec(whole, shape, layers), decoder_sizes(limits, cache))
+    common = {"backend": backend, "version": version, "capabilities": capabilities, "cache": cache}
+    write_plans(directory, common, plans)
+    files = tuple(describe_file(directory, plan) for plan in plans)
     text = EngineManifest(ENGINE_FORMAT_VERSION, key, {"fake": "1"}, files).to_json()
     (directory / ENGINE_MANIFEST).write_text(text, encoding="utf-8")
     return directory
+
+
+def write_plans(directory: Path, common: Mapping[str, Any], plans: Mapping[str, tuple[Path, list[Any]]]) -> None:
+    """Plans that name their graph and profiles."""
+    for plan, (onnx, profiles) in plans.items():
+        content = {**common, "onnx": str(onnx.resolve()), "profiles": profiles}
+        (directory / plan).write_text(json.dumps(content), encoding="utf-8")
