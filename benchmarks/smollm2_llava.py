@@ -9,6 +9,7 @@ Needs the packages `gguf` and `transformers`; see benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +26,6 @@ from transformers import (
 )
 
 PLACEHOLDER = "<image>"
-SIDE, PATCH = 28, 14
 VOCABULARY_MULTIPLE = 64
 CONTROL = 3  # GGUF's type of tokens such as <|im_end|>
 TEMPLATE = (
@@ -34,6 +34,28 @@ TEMPLATE = (
     "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Sizes of a CLIP tower with random weights; pictures are squares of ``side`` pixels."""
+
+    side: int
+    patch: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+
+    @property
+    def patches(self) -> int:
+        """Of a picture: the tokens that it becomes."""
+        return (self.side // self.patch) ** 2
+
+
+TINY = Tower(side=28, patch=14, hidden_size=64, intermediate_size=128, layers=3, heads=4)
+VIT_B = Tower(side=224, patch=16, hidden_size=768, intermediate_size=3072, layers=12, heads=12)
+"""CLIP ViT-B/16's."""
 
 
 def main() -> None:
@@ -46,21 +68,29 @@ def main() -> None:
 
 def make_checkpoint(gguf: Path, output: Path) -> None:
     """Write the checkpoint's directory: config, weights, tokenizer, chat template, picture settings."""
+    model, tokenizer = make_model(gguf, TINY)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    picture_settings(TINY).save_pretrained(output)
+
+
+def make_model(gguf: Path, tower: Tower) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
+    """The model in float32, tower and projector random, and its tokenizer, which has the chat template."""
     tokenizer = read_tokenizer(gguf)
     vocabulary = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     decoder = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            image_size=SIDE,
-            patch_size=PATCH,
+            hidden_size=tower.hidden_size,
+            intermediate_size=tower.intermediate_size,
+            num_hidden_layers=tower.layers,
+            num_attention_heads=tower.heads,
+            image_size=tower.side,
+            patch_size=tower.patch,
         ),
         text_config=_plain(decoder.config, vocabulary),
         image_token_index=tokenizer.convert_tokens_to_ids(PLACEHOLDER),
-        image_seq_length=(SIDE // PATCH) ** 2,
+        image_seq_length=tower.patches,
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
@@ -68,10 +98,14 @@ def make_checkpoint(gguf: Path, output: Path) -> None:
     model.model.language_model.load_state_dict(_widened(decoder.model.state_dict(), vocabulary))
     model.tie_weights()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(output)
     tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(output)
-    CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(output)
+    return model, tokenizer
+
+
+def picture_settings(tower: Tower) -> CLIPImageProcessor:
+    """How pictures are made to fit the tower: resized to its side, cropped, normalised as CLIP's."""
+    side = tower.side
+    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 def read_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:

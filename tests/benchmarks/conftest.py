@@ -1,4 +1,4 @@
-"""The GPU check's modules, imported as its script has them: by their bare names, from their own directory."""
+"""The benchmarks' modules, imported as their scripts have them: by their bare names, from their own directories."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @pytest.fixture(scope="session")
 def gpu_check() -> Iterator[Callable[[str], ModuleType]]:
-    """A module of ``benchmarks/gpu_check`` by its name."""
+    """A module of ``benchmarks``, ``benchmarks/gpu_check`` or ``benchmarks/peers`` by its name."""
     with pytest.MonkeyPatch.context() as patch:
-        for directory in (BENCHMARKS, BENCHMARKS / "gpu_check"):
+        for directory in (BENCHMARKS / "peers", BENCHMARKS, BENCHMARKS / "gpu_check"):
             patch.syspath_prepend(str(directory))
         yield importlib.import_module
     for name, module in list(sys.modules.items()):
         if Path(getattr(module, "__file__", None) or "/").is_relative_to(BENCHMARKS):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def benchmark(gpu_check: Callable[[str], ModuleType]) -> Callable[[str], ModuleType]:
+    """The same, where it is not the GPU check's."""
+    return gpu_check
 
 
 @pytest.fixture(scope="session")
