@@ -63,5 +63,5 @@ $(VENV)/demo.stamp: $(set_up)
 # TensorRT for RTX builds engines without a GPU, so the tests build them.
 $(VENV)/dev.stamp: $(set_up)
 	@echo "Installing into $(VENV): about a gigabyte, some minutes the first time"
-	$(pip) -e '.[cpu,export,rtx,dev]'
+	$(pip) -e '.[cpu,export,rtx,bench,dev]'
 	@touch $(VENV)/demo.stamp $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -18,7 +19,9 @@ from llava_deploy.engines.names import (
     Precision,
 )
 from llava_deploy.exporter.quantization.request import QuantizeRequest
+from llava_deploy.runtime.command_bench import BenchRequest, bench_options, run_bench
 from llava_deploy.runtime.command_build import TensorRtRequest, parts_option, refuse_tensorrt_options, tensorrt_options
+from llava_deploy.runtime.command_eval import EvalRequest, eval_options
 from llava_deploy.runtime.command_group import (
     PROGRAM,
     CommandLine,
@@ -367,25 +370,8 @@ def chat(bundle: Path, images: tuple[str, ...], answering: Answering) -> None:
     "eval", epilog=examples("eval bundle", "eval fp32 fp16 int4", "eval bundle --data questions.jsonl --json")
 )
 @click.argument("bundles", type=PATH, nargs=-1, required=True, metavar="BUNDLE [BUNDLE ...]")
-@click.option("--data", type=PATH, metavar="FILE", help='JSON lines {"image", "question", "answer"[, "kind"]}.')
-@click.option("--per-kind", type=int, default=100, show_default=True, help="Drawn questions of each kind.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the drawn pictures.")
-@click.option("--blank", is_flag=True, help="Show a blank picture every time: what is right then is guessed.")
-@click.option("--batch", type=int, default=1, show_default=True, help="Questions at once.")
-@backend_option
-@click.option("--max-new-tokens", type=int, default=32, show_default=True, help="Longest answer.")
-@json_option
-def evaluate(
-    bundles: tuple[Path, ...],
-    data: Path | None,
-    per_kind: int,
-    seed: int,
-    blank: bool,
-    batch: int,
-    backend: BackendName,
-    max_new_tokens: int,
-    as_json: bool,
-) -> None:
+@eval_options
+def evaluate(bundles: tuple[Path, ...], request: EvalRequest) -> None:
     """Measure how often a bundle answers right, or compare several.
 
     Without --data it is asked about drawn pictures that the tiny model of this package has never seen, and 'chance'
@@ -401,12 +387,37 @@ def evaluate(
     from llava_deploy.runtime.terminal_eval import Exam, examine
     from llava_deploy.runtime.terminal_run import Output
 
+    data = request.data
     if data is not None:
         refuse_given("of no effect with --data, whose questions are all asked", "per_kind", "seed")
-    options = EvalOptions(Shown.BLANK if blank else Shown.PICTURE, batch, max_new_tokens)
-    questions = drawn_questions(per_kind, seed) if data is None else read_questions(data)
+    shown = Shown.BLANK if request.blank else Shown.PICTURE
+    options = EvalOptions(shown, request.batch, request.max_new_tokens)
+    questions = drawn_questions(request.per_kind, request.seed) if data is None else read_questions(data)
     exam = Exam(questions, options, chances() if data is None else {})
-    examine(bundles, exam, lambda bundle: load_bundle(bundle, backend), Output.JSON if as_json else Output.TEXT)
+    output = Output.JSON if request.as_json else Output.TEXT
+    examine(bundles, exam, lambda bundle: load_bundle(bundle, request.backend), output)
+
+
+@main.command(
+    epilog=examples(
+        "bench bundle", "bench bundle --json before.json", "bench bundle --compare before.json --plot a.png"
+    )
+)
+@_bundle
+@bench_options
+def bench(bundle: Path, request: BenchRequest) -> None:
+    """Measure how fast a bundle answers here.
+
+    Time to the first token and what it is made of, decoding behind contexts of several lengths and for several rows at
+    once, memory, and the bandwidth of the memory with the speed that it allows. Everything takes its turn, round by
+    round, through the calls that users make; pictures are drawn, and answers go on past the model's stop tokens.
+    """
+    from llava_deploy.engines.manifest import read_manifest
+    from llava_deploy.engines.planner.model import planned_bundle
+    from llava_deploy.engines.planner.run import decode_bound
+
+    model = planned_bundle(bundle, read_manifest(bundle))
+    run_bench(bundle, request, functools.partial(decode_bound, model))
 
 
 @main.command(epilog=examples("verify llava-1.5-7b-hf bundle", "verify checkpoint bundle --image photo.jpg --json"))

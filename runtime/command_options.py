@@ -81,6 +81,10 @@ backend_option = click.option(
     show_default=True,
     help="What runs it; auto takes the best that the bundle has an engine for and the machine can run.",
 )
+max_len_option = click.option("--max-len", type=int, help="Tokens of context: prompt, pictures and answer.")
+threads_option = click.option(
+    "--threads", type=int, help="ONNX Runtime's, of one operator; by default one a physical core."
+)
 answering_options = options_as_one(
     "answering",
     Answering,
@@ -92,8 +96,8 @@ answering_options = options_as_one(
     click.option("--seed", type=int, help="Draw the same every time."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
     backend_option,
-    click.option("--max-len", type=int, help="Tokens of context: prompt, pictures and answer."),
-    click.option("--threads", type=int, help="ONNX Runtime's, of one operator; by default one a physical core."),
+    max_len_option,
+    threads_option,
 )
 images_option = click.option(
     "--image", "images", multiple=True, metavar="PICTURE", help="Path, data URI, or - for standard input; repeatable."

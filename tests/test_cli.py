@@ -17,7 +17,7 @@ from llava_deploy.exporter.demo.scenes import Example, Split, examples
 from llava_deploy.exporter.stages import StageResult, VerifyReport
 from llava_deploy.runtime import Llava
 
-COMMANDS = ("inspect", "plan", "export", "build", "run", "chat", "eval", "verify", "demo", "completion")
+COMMANDS = ("inspect", "plan", "export", "build", "run", "chat", "eval", "bench", "verify", "demo", "completion")
 PROGRAM = [sys.executable, "-c", "from llava_deploy.cli import main; main(prog_name='llava-deploy')"]
 
 Invoke = Callable[..., Result]

@@ -1,0 +1,74 @@
+"""Where and with what something is measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+
+from llava_deploy.engines.names import Backend
+from llava_deploy.engines.tensorrt_module import TensorRtBackend, import_tensorrt
+from llava_deploy.runtime.bench.report import Machine
+from llava_deploy.runtime.onnxruntime_backend import onnxruntime_version
+
+_CPUINFO = Path("/proc/cpuinfo")
+_MEMINFO = Path("/proc/meminfo")
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_PACKAGES = ("llava-deploy", "numpy", "tokenizers", "pillow")
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "": 1}
+
+
+def this_machine(gpu: str | None) -> Machine:
+    """The machine, and the GPU that runs the model, where one does."""
+    fields = _fields(_CPUINFO)
+    names = [value for name, value in fields if name == "model name"]
+    return Machine(
+        system=f"{platform.system()} {platform.release()}, {platform.machine()}",
+        cpu=names[0] if names else platform.processor() or "unknown",
+        logical_cpus=len(os.sched_getaffinity(0)),
+        physical_cores=physical_cores(),
+        memory=next((int(value.split()[0]) * 1024 for name, value in _fields(_MEMINFO) if name == "MemTotal"), None),
+        last_level_cache=_last_level_cache(),
+        gpu=gpu,
+    )
+
+
+def versions(backend: Backend) -> dict[str, str]:
+    """Of Python, of what runs the model, and of what is around it."""
+    if backend == "onnxruntime":
+        runs = {"onnxruntime": onnxruntime_version()}
+    else:
+        module: TensorRtBackend = backend
+        runs = {backend: import_tensorrt(module).version}
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **runs, **packages}
+
+
+def physical_cores() -> int:
+    """Cores that ONNX Runtime starts a thread on, where nobody says otherwise; logical ones where nothing is known."""
+    fields = _fields(_CPUINFO)
+    sockets = [value for name, value in fields if name == "physical id"]
+    cores = [value for name, value in fields if name == "core id"]
+    allowed = len(os.sched_getaffinity(0))
+    if not cores or len(sockets) != len(cores):
+        return allowed
+    return min(allowed, len(set(zip(sockets, cores, strict=True))))
+
+
+def _fields(path: Path) -> list[tuple[str, str]]:
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [(name.strip(), value.strip()) for name, _, value in (line.partition(":") for line in lines)]
+
+
+def _last_level_cache() -> int | None:
+    """The largest that the first core reaches."""
+    found = []
+    for path in _CACHES.glob("index*/size"):
+        size = re.fullmatch(r"(\d+)([KMG]?)", path.read_text(encoding="utf-8").strip())
+        if size is not None:
+            found.append(int(size[1]) * _UNITS[size[2]])
+    return max(found, default=None)
