@@ -82,13 +82,15 @@ class PromptEncoder:
             PromptError: an id outside the vocabulary.
         """
         vocab = len(self._table)
-        if ids.size and ids.view(np.uint64).max() >= vocab:  # as unsigned, negative ids are the greatest
-            wrong = int(ids[(ids < 0) | (ids >= vocab)][0])
+        tokens = ids.tolist()
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab:
+            wrong = next(token for token in tokens if not 0 <= token < vocab)
             raise PromptError(
                 f"token id {wrong} is outside the vocabulary of {vocab}; the tokenizer and the model differ: "
                 "export the bundle from a checkpoint whose tokenizer is its own"
             )
-        embedded: np.ndarray = self._table[ids]
+        # A token alone as it lies in the file: gathering its row takes 30 µs behind a decode step.
+        embedded: np.ndarray = self._table[tokens[0] : tokens[0] + 1] if len(tokens) == 1 else self._table[ids]
         return embedded
 
     def pixels(self, pictures: Sequence[Image.Image]) -> np.ndarray:

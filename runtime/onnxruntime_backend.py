@@ -13,8 +13,8 @@ import numpy as np
 from llava_deploy.engines.contract import DecoderShape, VisionShape, past_name, present_name
 from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, INT8_FROM_TOKENS, PREFILL_TOKENS, AccuracyLevel
-from llava_deploy.runtime.backend import Placement, step_mask, step_positions
-from llava_deploy.runtime.new_tokens import with_features
+from llava_deploy.runtime.backend import Placement
+from llava_deploy.runtime.onnxruntime_feed import TokenFeed, step_feed
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -129,6 +129,7 @@ class OnnxRuntimeDecoder:
                         binding.bind_ortvalue_input(past_name(layer, part), buffer)
                         binding.bind_ortvalue_output(present_name(layer, part), buffer)
             self._logits = np.zeros((batch, shape.vocab_size), np.float32)
+            self._token_feed = TokenFeed(shape, batch, self.max_len, self._value)
             for binding in self._bindings:
                 binding.bind_ortvalue_output("logits", self._value(self._logits))
         except MemoryError as error:
@@ -153,14 +154,18 @@ class OnnxRuntimeDecoder:
         pictures: Sequence[Placement] = (),
     ) -> np.ndarray:
         """Run the decoder over new tokens; see :class:`DecoderSession`."""
-        feed = step_feed(inputs_embeds, write_indices, last_index, pictures)
-        # Held until the run is over: an OrtValue does not own the array's memory, and a binding owns no OrtValue.
-        values = {name: self._value(array) for name, array in feed.items()}
         rows, tokens = inputs_embeds.shape[:2]
         index = -1 if rows * tokens >= INT8_FROM_TOKENS or min(rows, tokens) > 1 else 0
         session, binding = self._sessions[index], self._bindings[index]
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
+        if tokens == 1 and not pictures:
+            self._token_feed.bind(binding, inputs_embeds, write_indices)
+        else:
+            self._token_feed.release()
+            feed = step_feed(inputs_embeds, write_indices, last_index, pictures)
+            # Held until the run is over: an OrtValue does not own the array's memory, and a binding owns no OrtValue.
+            values = [self._value(np.ascontiguousarray(array)) for array in feed.values()]
+            for name, value in zip(feed, values, strict=True):
+                binding.bind_ortvalue_input(name, value)
         began = time.perf_counter()
         try:
             session.run_with_iobinding(binding)
@@ -171,21 +176,7 @@ class OnnxRuntimeDecoder:
 
     def _value(self, array: np.ndarray) -> onnxruntime.OrtValue:
         """An ``OrtValue`` over the array's own memory."""
-        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-
-
-def step_feed(
-    inputs_embeds: np.ndarray, write_indices: np.ndarray, last_index: np.ndarray, pictures: Sequence[Placement]
-) -> dict[str, np.ndarray]:
-    """The decoder's inputs beside its cache, by name; arguments as :meth:`DecoderSession.step` has them."""
-    seq = inputs_embeds.shape[1]
-    return {
-        "inputs_embeds": with_features(inputs_embeds, pictures),
-        "position_ids": step_positions(write_indices, seq),
-        "write_indices": write_indices,
-        "attention_mask": step_mask(write_indices, seq),
-        "last_index": last_index,
-    }
+        return self._ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def _cache_dtype(session: onnxruntime.InferenceSession) -> np.dtype:

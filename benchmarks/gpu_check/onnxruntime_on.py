@@ -23,7 +23,7 @@ from llava_deploy.runtime import Llava
 from llava_deploy.runtime.backend import Placement
 from llava_deploy.runtime.bundle import open_bundle
 from llava_deploy.runtime.encoding import PromptEncoder
-from llava_deploy.runtime.onnxruntime_backend import step_feed
+from llava_deploy.runtime.onnxruntime_feed import step_feed
 
 Form = Literal["canonical", "lowered"]
 """Of the decoder: as in the bundle, or with GroupQueryAttention, as ``build`` makes it for the CPU."""

@@ -175,24 +175,27 @@ def test_the_arrays_of_a_step_live_until_it_has_run(
 ) -> None:
     """ONNX Runtime up to 1.31 keeps neither the arrays nor the OrtValues that are bound."""
     llava.generate(["a"], max_new_tokens=1)
-    bound: list[weakref.ref[Any]] = []
+    bound: dict[str, weakref.ref[Any]] = {}
+    times = 0
 
     class Forgetful(dict[str, Any]):
         def __setitem__(self, name: str, value: Any) -> None:
-            bound.append(weakref.ref(value))
+            nonlocal times
+            times += 1
+            bound[name] = weakref.ref(value)
 
-    monkeypatch.setattr(llava.decoder._binding, "_bound_inputs", Forgetful())
-    run = llava.decoder._session.run_with_iobinding
+    monkeypatch.setattr(llava.decoder._bindings[0], "_bound_inputs", Forgetful())
+    run = llava.decoder._sessions[0].run_with_iobinding
 
     def running(binding: Any) -> None:
         assert len(bound) == 5
-        assert all(value() is not None for value in bound)
-        bound.clear()
+        assert all(value() is not None for value in bound.values())
         run(binding)
 
-    monkeypatch.setattr(llava.decoder._session, "run_with_iobinding", running)
+    monkeypatch.setattr(llava.decoder._sessions[0], "run_with_iobinding", running)
     picture, question = scenes[0]
     assert len(llava.generate([QUESTION.format(question)], [[picture]], max_new_tokens=3)[0].token_ids) == 3
+    assert times == 5 + 5 + 1  # a prompt, the first of single tokens, and the mask of the second
 
 
 def test_batch_is_each_alone(llava: Llava, scenes: list[Any]) -> None:
@@ -222,7 +225,7 @@ def test_cache_is_written_in_place(llava: Llava, scenes: list[Any]) -> None:
     """Past and present are one buffer, the same one from answer to answer."""
     joined(llava.chat(ask(scenes[0][0], scenes[0][1])))
     buffers = {value.data_ptr() for value in llava.decoder._caches.values()}  # type: ignore[attr-defined]
-    outputs = [value.data_ptr() for value in llava.decoder._binding.get_outputs()]  # type: ignore[attr-defined]
+    outputs = [value.data_ptr() for value in llava.decoder._bindings[0].get_outputs()]  # type: ignore[attr-defined]
     assert len(buffers) == 2 * llava.manifest.decoder.layers
     assert buffers <= set(outputs)
     joined(llava.chat(ask(scenes[1][0], scenes[1][1])))
