@@ -86,8 +86,8 @@ def _quantities(now: Report, before: Report) -> Iterator[Quantity]:
             if earlier.most or later.most:
                 yield Quantity(f"{name}, {one.prompt_tokens} tokens", "ms", 1e3, "less", earlier, later)
     yield from _decode_quantities(now.decode, before.decode, lambda decode: f"behind {decode.context}")
-    many = [tuple(each for each in report.batches if each.batch > 1) for report in (now, before)]
-    yield from _decode_quantities(*many, lambda decode: f"{decode.batch} rows behind {decode.context}")
+    many, earlier_many = (tuple(each for each in report.batches if each.batch > 1) for report in (now, before))
+    yield from _decode_quantities(many, earlier_many, lambda decode: f"{decode.batch} rows behind {decode.context}")
 
 
 def _decode_quantities(

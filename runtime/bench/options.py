@@ -96,8 +96,9 @@ def fitting(options: BenchOptions, room: Room) -> Turns:
     Raises:
         OptionError: next to no cache, or a prompt longer than what fits.
     """
-    if room.max_len < LEAST_SLOTS:
-        raise OptionError("max_len", f"want {LEAST_SLOTS} or more, to measure anything in; got {room.max_len}")
+    slots = min(room.max_len, room.longest_prompt)
+    if slots < LEAST_SLOTS:
+        raise OptionError("max_len", f"want a context of {LEAST_SLOTS} tokens or more to measure in, found {slots}")
     remarks = []
     new_tokens = min(options.new_tokens, room.max_len // 2)
     if new_tokens < options.new_tokens:
