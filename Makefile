@@ -4,6 +4,7 @@
 #   make test                        lint, types and tests: what CI runs
 #   make test PYTHON=python3.12      with another Python
 #   make gpu-check                   on a machine with an NVIDIA GPU: everything that only it can say
+#   make tables                      README's measured tables, from benchmarks/results
 #   make demo PIP_FLAGS='…'          flags for pip: PyTorch's CPU index, say, where yours has only the CUDA build
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ set_up := $(bin)/python pyproject.toml constraints.txt
 packages := $(foreach room,engines runtime exporter,-p llava_deploy.$(room)) -m llava_deploy.cli
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types gpu-check format clean
+.PHONY: help demo test lint types gpu-check tables format clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -41,6 +42,9 @@ types: $(VENV)/dev.stamp
 
 gpu-check: $(VENV)/dev.stamp
 	$(bin)/python benchmarks/gpu_check/check.py $(GPU_CHECK_OUT) $(GPU_CHECK_FLAGS)
+
+tables:
+	$(PYTHON) benchmarks/readme_table.py
 
 format: $(VENV)/dev.stamp
 	$(bin)/ruff check --fix .

@@ -24,7 +24,7 @@ from models import TASK, make_models, megabytes
 from processes import BENCHMARKS, ProcessError, result, run
 
 HERE = Path(__file__).resolve().parent
-LIMIT_S = 300
+LIMIT_S = 900
 BANDWIDTH_LIMIT_S = 60
 MAKES_MODELS = "hf"
 

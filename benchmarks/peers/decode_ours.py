@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llava_deploy.engines.manifest import DECODER_GRAPH
+from our_weights import decoder_bytes
+
 from llava_deploy.runtime import Llava
 
 MOST_REUSED = 1
@@ -112,7 +113,7 @@ def main() -> None:
         llava = load(given.bundle, 256, given.threads)
         llava.generate([text_of(llava, 8, 7)], max_new_tokens=2)
         found |= batches(llava, given.batch, given.steps)
-    weights = llava.manifest.entry(f"{DECODER_GRAPH}.data").size
+    weights = decoder_bytes(given.bundle)
     print("RESULT " + json.dumps({**found, "weight_bytes": weights, "backend": llava.backend}), flush=True)
 
 

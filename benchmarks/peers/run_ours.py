@@ -13,9 +13,9 @@ from clock import Answer, Question, asked, measure
 
 TASK = asked(__doc__)
 
-from PIL import Image  # noqa: E402 - threads are set by now
+from our_weights import decoder_bytes  # noqa: E402 - threads are set by now
+from PIL import Image  # noqa: E402
 
-from llava_deploy.engines.manifest import DECODER_GRAPH, read_manifest  # noqa: E402
 from llava_deploy.runtime import Llava  # noqa: E402
 
 MOST_REUSED = 1
@@ -47,5 +47,4 @@ def load() -> Answer:
     return answer
 
 
-weights = read_manifest(TASK.model).entry(f"{DECODER_GRAPH}.data").size
-measure(TASK, load, ("llava-deploy", "onnxruntime"), decoder_bytes=weights)
+measure(TASK, load, ("llava-deploy", "onnxruntime"), decoder_bytes=decoder_bytes(TASK.model))

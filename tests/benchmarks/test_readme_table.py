@@ -1,0 +1,88 @@
+"""README's measured tables are those of the files of results, and a figure that is not is found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+Benchmark = Callable[[str], ModuleType]
+NAMES = ("transformers-fp32-vlm", "ours-int4")
+
+
+@pytest.fixture
+def script(benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script with a README and results of its own, which the peers' comparison has written."""
+    script, rows = benchmark("readme_table"), benchmark("rows")
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    monkeypatch.setattr(script, "README", tmp_path / "README.md")
+    said = {"ttft_ms": 612.0, "decode_tokens_per_s": 40.0, "load_s": 1.0, "peak_mb": 1266, "anonymous_mb": 1,
+            "mapped_mb": 2, "disk_mb": 3.0, "versions": {}, "ids": [1, 2, 3], "decoder_bytes": 500_000_000}  # fmt: skip
+    circumstances = {"date": "2030-01-02T03:04:05+00:00", "machine": "a computer", "threads": 2, "prompt_tokens": 233,
+                     "image_tokens": 196}  # fmt: skip
+    rows.save(tmp_path / script.PEERS, rows.report(circumstances, [30.0], {name: [said] for name in NAMES}, {}, 3))
+    script.README.write_text(f"Before.\n{script.BEGIN}\nold\n{script.END}\nAfter.\n", encoding="utf-8")
+    return script
+
+
+def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["readme_table.py", *arguments])
+    script.main()
+
+
+def test_the_readme_says_what_the_results_say(benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This repository's own."""
+    run(benchmark("readme_table"), monkeypatch, "--check")
+
+
+def test_the_tables_are_written_between_the_marks(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="not those of benchmarks/results"):
+        run(script, monkeypatch, "--check")
+    run(script, monkeypatch)
+    run(script, monkeypatch, "--check")
+    lines = script.README.read_text(encoding="utf-8").splitlines()
+    assert (lines[0], lines[-1]) == ("Before.", "After.")
+    assert "old" not in lines
+    assert "2030-01-02, a computer, 2 threads, 30.0 GB/s read" in lines[3]
+    assert "| transformers fp32 | 612 ms | 40.0 tok/s | 72% | 1,266 MB | 3 of 3 |" in lines
+    assert "| llava-deploy int4 | 612 ms | 40.0 tok/s | 67% | 1,266 MB | 3 of 3 |" in lines
+
+
+def test_another_figure_is_found(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(script, monkeypatch)
+    readme = script.README.read_text(encoding="utf-8")
+    script.README.write_text(readme.replace("612 ms", "611 ms", 1), encoding="utf-8")
+    with pytest.raises(SystemExit, match="not those of benchmarks/results"):
+        run(script, monkeypatch, "--check")
+
+
+def test_another_result_is_found(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(script, monkeypatch)
+    path = script.RESULTS / script.PEERS
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    result["entries"][0]["ttft_ms"]["median"] += 10
+    path.write_text(json.dumps(result), encoding="utf-8")
+    with pytest.raises(SystemExit, match="not those of benchmarks/results"):
+        run(script, monkeypatch, "--check")
+
+
+@pytest.mark.parametrize("readme", ["no marks", "{end} {begin}", "{begin} {end} {begin} {end}"])
+def test_a_readme_without_the_marks_is_refused(benchmark: Benchmark, readme: str) -> None:
+    script = benchmark("readme_table")
+    with pytest.raises(ValueError, match="want the marks"):
+        script.updated(readme.format(begin=script.BEGIN, end=script.END), "tables")
+
+
+def test_decode_of_large_shapes_has_a_row_for_each_context(benchmark: Benchmark) -> None:
+    at = {"tokens_per_s": 21.26, "ideal_tokens_per_s": 25.0, "share_of_ideal": 0.85}
+    row = {"weight_bytes": 1, "64": at, "2000": {**at, "share_of_ideal": 0.5}, "batch_gain": 4.0}
+    found = benchmark("readme_table").decode_table({"7B": {"medians": {"ours": row, "llama.cpp": row}}})
+    assert found.splitlines()[-2:] == [
+        "| 7B | 64 tokens | 21.3 tok/s | 85% | 21.3 tok/s | 85% |",
+        "| 7B | 2,000 tokens | 21.3 tok/s | 50% | 21.3 tok/s | 50% |",
+    ]
