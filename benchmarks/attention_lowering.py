@@ -24,11 +24,13 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 from measuring import circumstances, save
 
 from llava_deploy.engines.contract import DecoderShape
 from llava_deploy.engines.lowering.files import lower_in_memory
 from llava_deploy.engines.lowering.group_query_attention import LowerGroupQueryAttention
+from llava_deploy.engines.lowering.onnxruntime import attention_form
 from llava_deploy.exporter.config import DecoderConfig, LlavaConfig, ProjectorConfig, RopeConfig, VisionConfig
 from llava_deploy.exporter.graphs import build_graphs
 from llava_deploy.exporter.halves import decoder_linears
@@ -61,7 +63,8 @@ def write_decoder(directory: Path, precision: Literal["fp32", "int4"], kv_heads:
             value.const_value = random_tensor(value, rng)
     canonical, lowered = (directory / f"{name}.onnx" for name in FORMS)
     ir.save(graphs.decoder, canonical, external_data="weights")
-    lowered.write_bytes(lower_in_memory(canonical, [LowerGroupQueryAttention()]))
+    form = attention_form(onnxruntime.__version__)
+    lowered.write_bytes(lower_in_memory(canonical, [LowerGroupQueryAttention(form)]))
     return graphs.decoder_shape
 
 

@@ -94,7 +94,7 @@ def build_onnxruntime(
     if not replace and is_current(output, key):
         return output
     require_space(bundle, graphs_size(manifest) * (_DISK[manifest.model.precision] + 2 * len(parts)))
-    graphs = _graphs(parts)
+    graphs = _graphs(key.version, parts)
     try:
         with staged_directory(output, replace=True) as staging:
             _build(bundle, graphs, key, staging)
@@ -163,18 +163,19 @@ def _optimise(source: Path, graph: bytes, key: EngineKey, output: Path) -> list[
     return [name for name in (output.name, external) if (output.parent / name).exists()]
 
 
-def _graphs(int8: tuple[Int8Part, ...]) -> list[_Graph]:
-    """What an engine has, with the passes of each, in order."""
+def _graphs(version: str, int8: tuple[Int8Part, ...]) -> list[_Graph]:
+    """What an engine for a version of ONNX Runtime has, with the passes of each, in order."""
     try:
         from llava_deploy.engines.lowering import onnxruntime as lowering
     except ImportError as error:
         raise lacks_onnx_ir(error) from error
+    form = lowering.attention_form(version)
     graphs = [
         _Graph(VISION_GRAPH, VISION_GRAPH, lowering.vision_passes(int8)),
-        _Graph(DECODER_GRAPH, DECODER_GRAPH, lowering.decoder_passes(int8)),
+        _Graph(DECODER_GRAPH, DECODER_GRAPH, lowering.decoder_passes(form)),
     ]
     if "prefill" in int8:
-        graphs.append(_Graph(DECODER_GRAPH, INT8_DECODER_GRAPH, lowering.int8_decoder_passes()))
+        graphs.append(_Graph(DECODER_GRAPH, INT8_DECODER_GRAPH, lowering.int8_decoder_passes(form)))
     return graphs
 
 

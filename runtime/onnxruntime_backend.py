@@ -96,7 +96,7 @@ class OnnxRuntimeDecoder:
             max_len: slots of the cache.
             options: how sessions run.
             int8_model: the decoder once more, for steps of :data:`~llava_deploy.engines.names.INT8_FROM_TOKENS` tokens
-                and more; ``model`` is given one row, or one token a row, and no more then.
+                and more.
 
         Raises:
             BackendError: ONNX Runtime is not installed, or cannot load a graph.
@@ -155,7 +155,7 @@ class OnnxRuntimeDecoder:
     ) -> np.ndarray:
         """Run the decoder over new tokens; see :class:`DecoderSession`."""
         rows, tokens = inputs_embeds.shape[:2]
-        index = -1 if rows * tokens >= INT8_FROM_TOKENS or min(rows, tokens) > 1 else 0
+        index = -1 if rows * tokens >= INT8_FROM_TOKENS else 0
         session, binding = self._sessions[index], self._bindings[index]
         if tokens == 1 and not pictures:
             self._token_feed.bind(binding, inputs_embeds, write_indices)

@@ -17,6 +17,7 @@ from outcome import NotRunError
 from llava_deploy.engines.contract import DecoderShape, VisionShape, past_name, present_name
 from llava_deploy.engines.lowering.files import lower_in_memory
 from llava_deploy.engines.lowering.group_query_attention import LowerGroupQueryAttention
+from llava_deploy.engines.lowering.onnxruntime import attention_form
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH
 from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY
 from llava_deploy.runtime import Llava
@@ -90,8 +91,9 @@ class YardstickDecoder:
         self.max_seq = min(MAX_SEQ, max_len)
         self._shape, self._place, self._batch = shape, place, 0
         graph = bundle / DECODER_GRAPH
+        attention = LowerGroupQueryAttention(attention_form(onnxruntime.__version__))
         self._session = place.session(
-            str(graph) if form == "canonical" else lower_in_memory(graph, [LowerGroupQueryAttention()]), bundle
+            str(graph) if form == "canonical" else lower_in_memory(graph, [attention]), bundle
         )
 
     def begin(self, batch: int) -> None:

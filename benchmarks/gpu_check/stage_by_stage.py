@@ -29,6 +29,7 @@ from torch_runners import TorchDecoder, TorchVision, decoder_feeds
 from llava_deploy.engines.contract import GraphSpec
 from llava_deploy.engines.lowering.files import lower_file
 from llava_deploy.engines.lowering.group_query_attention import LowerGroupQueryAttention
+from llava_deploy.engines.lowering.onnxruntime import attention_form
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest, read_manifest
 from llava_deploy.exporter.checkpoint import open_checkpoint
 from llava_deploy.exporter.demo.questions import drawn_picture
@@ -149,6 +150,6 @@ def _runner(
     device: Device = "cpu" if backend == "onnxruntime" else "cuda"
     passes: list[ir.passes.InPlacePass] = [_Mark()]
     if backend == "onnxruntime-cuda-lowered":
-        passes.append(LowerGroupQueryAttention())
+        passes.append(LowerGroupQueryAttention(attention_form(onnxruntime.__version__)))
     lowered = lower_file(bundle / graph, place, passes)
     return OnnxrtRunner(lambda: Place(device).session(str(lowered), place), name=f"{backend}, {spec.name}")

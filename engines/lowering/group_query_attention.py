@@ -8,10 +8,11 @@ token ``j`` has position ``write_indices[b] + j`` and sees the slots up to it.
 
 Where q, k and v are the parts of one product, the operator takes that product as it is, and nothing is split.
 
-On the CPU that operator refuses several rows with several tokens each behind a past (a long batch's prompts, in
-pieces). So each layer becomes an ``If``: such a step takes the canonical operators, which are moved into its one branch
-as they are, and every other step takes GroupQueryAttention in the other. Both branches write into the bound buffers.
-The branch costs some 10 µs a layer and token; a graph that is never given such a step is spared it.
+Several rows with several tokens each behind a past (a long batch's prompts, in pieces) it takes on the CPU where it is
+told how many of each row's tokens are new, ``query_seqlens``: an input that ONNX Runtime 1.32 has. Older ones refuse
+such a step. For them each layer becomes an ``If``: such a step takes the canonical operators, which are moved into its
+one branch as they are, and every other step takes GroupQueryAttention in the other. Both branches write into the bound
+buffers. The branch costs some 10 µs a layer and token.
 """
 
 from __future__ import annotations
@@ -25,21 +26,22 @@ from llava_deploy.engines.lowering.nodes import NodeList
 
 _DOMAIN = "com.microsoft"
 _HEAD_DIM = 16  # and its multiples: what the operator rotates in full
+_BEFORE_NEW = 7  # inputs of the operator that stand between the tables and the numbers of new tokens
 _HEADS_FIRST = (0, 2, 1, 3)  # [batch, seq, heads, head_dim] to [batch, heads, seq, head_dim], and back
 
 
-class Steps(Enum):
-    """What a lowered graph is given."""
+class Form(Enum):
+    """Of what takes attention's place."""
 
-    ANY = auto()
-    ONE_ROW_OR_TOKEN = auto()
-    """One row of any number of tokens, or any number of rows of one token each."""
+    ALONE = auto()
+    """GroupQueryAttention, which is told of new tokens."""
+
+    BRANCH = auto()
+    """GroupQueryAttention in a branch, the canonical operators in the other."""
 
 
 class LowerGroupQueryAttention(ir.passes.InPlacePass):
-    """``Attention`` over a sliced cache becomes ``If``: canonical in one branch, ``GroupQueryAttention`` in the other.
-
-    For :attr:`Steps.ONE_ROW_OR_TOKEN` it becomes ``GroupQueryAttention`` alone.
+    """``Attention`` over a sliced cache becomes ``GroupQueryAttention``, or an ``If`` with it in one branch.
 
     Requires, of the graph: inputs named as :class:`~llava_deploy.engines.contract.DecoderShape` has them. Of whoever
     runs it, which no graph can show: ``position_ids`` are ``write_indices + j``, the mask is causal up to them, and
@@ -55,9 +57,9 @@ class LowerGroupQueryAttention(ir.passes.InPlacePass):
     ``head_dim`` that is no multiple of 16; any of the values in between used by others.
     """
 
-    def __init__(self, steps: Steps = Steps.ANY) -> None:
+    def __init__(self, form: Form) -> None:
         super().__init__()
-        self._steps = steps
+        self._form = form
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the graph."""
@@ -65,7 +67,7 @@ class LowerGroupQueryAttention(ir.passes.InPlacePass):
         layers = [layer for node in graph if node.op_type == "Attention" and (layer := _layer(node)) is not None]
         if layers:
             graph.opset_imports.setdefault(_DOMAIN, 1)
-            lengths = _lengths(graph, self._steps)
+            lengths = _lengths(graph, self._form)
             for index, layer in enumerate(layers):
                 _lower(graph, layer, lengths, f"attention.{index}")
         return ir.passes.PassResult(model, modified=bool(layers))
@@ -94,7 +96,8 @@ class _Lengths:
 
     last: ir.Value  # int32 [batch]: each row's last slot that is visible
     total: ir.Value  # int32 scalar: slots of the longest row
-    refused: ir.Value | None  # bool scalar: a step that the operator refuses; None where there is none
+    new: ir.Value | None  # int32 [batch]: each row's new tokens, for the operator that is told of them
+    refused: ir.Value | None  # bool scalar: a step that the operator refuses; for the other form
 
 
 class _OtherFormError(Exception):
@@ -201,22 +204,22 @@ def _leaks(nodes: set[ir.Node], results: tuple[ir.Value, ...]) -> bool:
     return any(value.is_graph_output() or any(use.node not in nodes for use in value.uses()) for value in inner)
 
 
-def _lengths(graph: ir.Graph, steps: Steps) -> _Lengths:
+def _lengths(graph: ir.Graph, form: Form) -> _Lengths:
     inputs = {value.name: value for value in graph.inputs}
     embeds, write = inputs["inputs_embeds"], inputs["write_indices"]
     op = NodeList(graph, "attention.lengths")
-    one, int32 = op.integers([1]), int(ir.DataType.INT32)
-    seq = op.add("Shape", embeds, start=1, end=2)
-    ends = op.add("Add", write, seq)  # [batch]
+    int32 = int(ir.DataType.INT32)
+    one = op.scalar(1, ir.DataType.INT32)
+    batch = op.add("Shape", embeds, start=0, end=1)
+    seq = op.add("Cast", op.add("Shape", embeds, start=1, end=2), to=int32)  # [1]
+    ends = op.add("Add", op.add("Cast", write, to=int32), seq)  # [batch]
     total = op.add("ReduceMax", ends, keepdims=1)  # [1]
-    lengths = _Lengths(
-        last=op.add("Cast", op.add("Sub", ends, one), to=int32),
-        total=op.add("Squeeze", op.add("Cast", total, to=int32)),
-        refused=None,
-    )
-    if steps is Steps.ANY:
-        batch = op.add("Shape", embeds, start=0, end=1)
-        several = op.add("And", op.add("Greater", batch, one), op.add("Greater", seq, one))
+    lengths = _Lengths(last=op.add("Sub", ends, one), total=op.add("Squeeze", total), new=None, refused=None)
+    if form is Form.ALONE:
+        lengths = replace(lengths, new=op.add("Expand", seq, batch))
+    else:
+        rows = op.add("Cast", batch, to=int32)
+        several = op.add("And", op.add("Greater", rows, one), op.add("Greater", seq, one))
         lengths = replace(lengths, refused=op.add("Squeeze", op.add("And", several, op.add("Greater", total, seq))))
     op.insert_before(graph[0])
     return lengths
@@ -233,9 +236,10 @@ def _lower(graph: ir.Graph, layer: _Layer, lengths: _Lengths, name: str) -> None
                 graph.outputs[index] = new
         old.name = f"{new.name}.canonical"
     alone = lengths.refused is None
+    new = [] if lengths.new is None else [*[None] * _BEFORE_NEW, lengths.new]
     lowered = ir.node(
         "GroupQueryAttention",
-        inputs=[*layer.projections, *layer.past, lengths.last, lengths.total, *layer.tables],
+        inputs=[*layer.projections, *layer.past, lengths.last, lengths.total, *layer.tables, *new],
         attributes={"num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "do_rotary": 1},
         domain=_DOMAIN,
         outputs=results if alone else [_like(value, f"{value.name}.lowered") for value in results],

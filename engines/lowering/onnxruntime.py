@@ -7,10 +7,14 @@ import onnx_ir as ir
 from llava_deploy.engines.lowering.column_scales import BlockColumnScales
 from llava_deploy.engines.lowering.float32 import WidenFloats
 from llava_deploy.engines.lowering.fused_linears import FuseLinears
-from llava_deploy.engines.lowering.group_query_attention import LowerGroupQueryAttention, Steps
+from llava_deploy.engines.lowering.group_query_attention import Form, LowerGroupQueryAttention
 from llava_deploy.engines.lowering.int8_linears import RoundLinearsToInt8
 from llava_deploy.engines.lowering.skip_norms import FuseSkipNorms
 from llava_deploy.engines.names import Int8Part
+
+_TOLD_OF_NEW_TOKENS = (1, 32)
+"""The release whose GroupQueryAttention is known to take ``query_seqlens`` on the CPU: its own operator schema says so,
+and ``tests/engines/lowering`` run it."""
 
 
 def vision_passes(int8: tuple[Int8Part, ...] = ()) -> list[ir.passes.InPlacePass]:
@@ -18,15 +22,17 @@ def vision_passes(int8: tuple[Int8Part, ...] = ()) -> list[ir.passes.InPlacePass
     return [WidenFloats(), *([RoundLinearsToInt8()] if "vision" in int8 else [])]
 
 
-def decoder_passes(int8: tuple[Int8Part, ...] = ()) -> list[ir.passes.InPlacePass]:
-    """For the decoder. Attention comes last: it takes in the product of queries, keys and values that was fused.
-
-    With ``prefill`` in ``int8`` there is another graph for all steps that this one does not cover then.
-    """
-    steps = Steps.ONE_ROW_OR_TOKEN if "prefill" in int8 else Steps.ANY
-    return [WidenFloats(), BlockColumnScales(), FuseSkipNorms(), FuseLinears(), LowerGroupQueryAttention(steps)]
+def decoder_passes(form: Form) -> list[ir.passes.InPlacePass]:
+    """For the decoder. Attention comes last: it takes in the product of queries, keys and values that was fused."""
+    return [WidenFloats(), BlockColumnScales(), FuseSkipNorms(), FuseLinears(), LowerGroupQueryAttention(form)]
 
 
-def int8_decoder_passes() -> list[ir.passes.InPlacePass]:
+def int8_decoder_passes(form: Form) -> list[ir.passes.InPlacePass]:
     """For the decoder's steps of many tokens, in 8-bit integers."""
-    return [WidenFloats(), RoundLinearsToInt8(), FuseSkipNorms(), LowerGroupQueryAttention()]
+    return [WidenFloats(), RoundLinearsToInt8(), FuseSkipNorms(), LowerGroupQueryAttention(form)]
+
+
+def attention_form(version: str) -> Form:
+    """What the attention of a release of ONNX Runtime, as ``1.32.0``, can be."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return Form.ALONE if (major, minor) >= _TOLD_OF_NEW_TOKENS else Form.BRANCH

@@ -18,7 +18,7 @@ import pytest
 from llava_deploy.engines.contract import DecoderShape, past_name
 from llava_deploy.engines.engine_manifest import ENGINES
 from llava_deploy.engines.lowering.files import lower_in_memory
-from llava_deploy.engines.lowering.group_query_attention import LowerGroupQueryAttention, Steps
+from llava_deploy.engines.lowering.group_query_attention import Form, LowerGroupQueryAttention
 from llava_deploy.exporter.config import DecoderConfig, LlavaConfig, ProjectorConfig, RopeConfig, VisionConfig
 from llava_deploy.exporter.graphs import build_graphs
 from llava_deploy.runtime.backend import step_mask, step_positions
@@ -74,11 +74,11 @@ def decoder_model(config: DecoderConfig, dtype: Any, seed: int) -> tuple[ir.Mode
 def pair(tmp_path: Path) -> Callable[..., Pair]:
     """Both forms of a decoder with random weights."""
 
-    def make(config: DecoderConfig, dtype: Any = "fp32", seed: int = 0, steps: Steps = Steps.ANY) -> Pair:
+    def make(config: DecoderConfig, dtype: Any = "fp32", seed: int = 0, form: Form = Form.BRANCH) -> Pair:
         model, shape = decoder_model(config, dtype, seed)
         canonical, lowered = tmp_path / "canonical.onnx", tmp_path / "lowered.onnx"
         ir.save(model, canonical, external_data="weights")
-        lowered.write_bytes(lower_in_memory(canonical, [LowerGroupQueryAttention(steps)]))
+        lowered.write_bytes(lower_in_memory(canonical, [LowerGroupQueryAttention(form)]))
         return Pair(shape, canonical, lowered)
 
     return make
@@ -104,11 +104,8 @@ def largest_error(found: np.ndarray, want: np.ndarray) -> float:
     return float(np.abs(found - want).max() / np.abs(want).max())
 
 
-def run_both(pair: Pair, seed: int, covered: Callable[[int, int], bool] = lambda batch, seq: True) -> float:
-    """Random schedules through both; the largest relative error of a logit or of anything in the caches.
-
-    The steps of so many rows and tokens that are not ``covered`` are taken token by token.
-    """
+def run_both(pair: Pair, seed: int) -> float:
+    """Random schedules through both; the largest relative error of a logit or of anything in the caches."""
     rng = np.random.default_rng(seed)
     sessions = pair.sessions()
     worst = 0.0
@@ -116,12 +113,7 @@ def run_both(pair: Pair, seed: int, covered: Callable[[int, int], bool] = lambda
         for session in sessions:
             session.begin(1 if batch > 1 else 2)  # so that the next line gives fresh buffers
             session.begin(batch)
-        pieces = [
-            piece
-            for write, seq in steps
-            for piece in ([(write, seq)] if covered(batch, seq) else [([w + i for w in write], 1) for i in range(seq)])
-        ]
-        for write, seq in pieces:
+        for write, seq in steps:
             embeds = rng.standard_normal((batch, seq, pair.shape.hidden_size)).astype(pair.shape.dtype)
             last = rng.integers(0, seq, batch)
             want, found = (session.step(embeds, np.array(write), last).copy() for session in sessions)
@@ -132,24 +124,25 @@ def run_both(pair: Pair, seed: int, covered: Callable[[int, int], bool] = lambda
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", Form)
 @pytest.mark.parametrize("seed", range(4))
-def test_logits_and_caches_are_the_canonical_graphs(pair: Callable[..., Pair], case: str, seed: int) -> None:
-    assert run_both(pair(CASES[case], seed=seed), seed) < 1e-5
+def test_logits_and_caches_are_the_canonical_graphs(
+    pair: Callable[..., Pair], case: str, form: Form, seed: int
+) -> None:
+    assert run_both(pair(CASES[case], seed=seed, form=form), seed) < 1e-5
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float16_is_as_near(pair: Callable[..., Pair], case: str) -> None:
-    assert run_both(pair(CASES[case], "fp16"), 5) < 1e-2
+@pytest.mark.parametrize("form", Form)
+def test_float16_is_as_near(pair: Callable[..., Pair], case: str, form: Form) -> None:
+    assert run_both(pair(CASES[case], "fp16", form=form), 5) < 1e-2
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_without_a_branch_for_steps_that_never_come(pair: Callable[..., Pair], case: str) -> None:
-    made = pair(CASES[case], steps=Steps.ONE_ROW_OR_TOKEN)
+def test_alone_there_is_no_branch(pair: Callable[..., Pair]) -> None:
+    made = pair(BASE, form=Form.ALONE)
     kinds = [node.op_type for node in ir.load(made.lowered).graph.all_nodes()]
     assert kinds.count("GroupQueryAttention") == made.shape.layers
     assert not {"If", "Attention", "TensorScatter", "RotaryEmbedding"} & {*kinds}
-    for seed in range(2):
-        assert run_both(made, seed, lambda batch, seq: min(batch, seq) == 1) < 1e-5
 
 
 def test_the_errors_would_be_seen(pair: Callable[..., Pair]) -> None:
@@ -199,8 +192,11 @@ def profile(model: Path, shape: DecoderShape, batch: int, write: int, seq: int, 
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_a_step_makes_nothing_of_the_caches_size(pair: Callable[..., Pair], tmp_path: Path, dtype: str) -> None:
-    made = pair(BASE, dtype)
+@pytest.mark.parametrize("form", Form)
+def test_a_step_makes_nothing_of_the_caches_size(
+    pair: Callable[..., Pair], tmp_path: Path, dtype: str, form: Form
+) -> None:
+    made = pair(BASE, dtype, form=form)
     write = 36  # 37 slots visible, of 61: no other axis is as long
 
     def cache_sized(model: Path, batch: int, seq: int) -> list[str]:
@@ -212,24 +208,27 @@ def test_a_step_makes_nothing_of_the_caches_size(pair: Callable[..., Pair], tmp_
         )
 
     lowered = ["GroupQueryAttention"] * BASE.num_hidden_layers
-    for batch, seq in ((1, 1), (3, 1), (1, 5)):
+    for batch, seq in ((1, 1), (3, 1), (1, 5), *([(2, 5)] if form is Form.ALONE else [])):
         assert [op for op in cache_sized(made.lowered, batch, seq) if op != "If"] == lowered
     assert {"Slice", "TensorScatter"} <= {*cache_sized(made.canonical, 1, 1)}
-    assert {"Slice", "TensorScatter"} <= {*cache_sized(made.lowered, 2, 5)}
+    if form is Form.BRANCH:
+        assert {"Slice", "TensorScatter"} <= {*cache_sized(made.lowered, 2, 5)}
 
 
-def test_what_does_not_fit_the_cache_is_an_error(pair: Callable[..., Pair]) -> None:
-    _, session = pair(BASE).sessions()
+@pytest.mark.parametrize("form", Form)
+def test_what_does_not_fit_the_cache_is_an_error(pair: Callable[..., Pair], form: Form) -> None:
+    _, session = pair(BASE, form=form).sessions()
     for batch in (1, 2):
         session.begin(batch)
         with pytest.raises(Exception, match="ONNX Runtime failed in the decoder"):
             session.step(np.ones((batch, 1, 64), np.float32), np.full(batch, SLOTS), np.zeros(batch, np.int64))
 
 
-def test_names_are_kept() -> None:
+@pytest.mark.parametrize("form", Form)
+def test_names_are_kept(form: Form) -> None:
     model, shape = decoder_model(BASE, "fp32", 0)
     before = {str(value.name) for node in model.graph for value in node.outputs}
-    assert LowerGroupQueryAttention()(model).modified
+    assert LowerGroupQueryAttention(form)(model).modified
     spec = shape.spec()
     assert [value.name for value in model.graph.inputs] == [tensor.name for tensor in spec.inputs]
     for value, tensor in zip(model.graph.outputs, spec.outputs, strict=True):
@@ -241,7 +240,7 @@ def test_names_are_kept() -> None:
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto)
     assert not {"Slice", "TensorScatter", "Attention", "RotaryEmbedding"} & {node.op_type for node in model.graph}
-    assert not LowerGroupQueryAttention()(model).modified
+    assert not LowerGroupQueryAttention(form)(model).modified
 
 
 def attribute(model: ir.Model) -> None:
@@ -274,7 +273,7 @@ def other_positions(model: ir.Model) -> None:
 def test_another_form_is_left_as_it_is(change: Callable[[ir.Model], None]) -> None:
     model, _ = decoder_model(BASE, "fp32", 0)
     change(model)
-    assert not LowerGroupQueryAttention()(model).modified
+    assert not LowerGroupQueryAttention(Form.ALONE)(model).modified
 
 
 def test_heads_that_the_operator_cannot_rotate_are_left(pair: Callable[..., Pair]) -> None:
@@ -286,5 +285,5 @@ def test_heads_that_the_operator_cannot_rotate_are_left(pair: Callable[..., Pair
 def test_the_engine_of_the_shipped_model_is_lowered(demo_bundle: Path) -> None:
     (path,) = demo_bundle.glob(f"{ENGINES}/*/decoder.onnx")
     top = [node.op_type for node in ir.load(path).graph]
-    assert top.count("If") == 4
-    assert not {"Slice", "TensorScatter", "Attention"} & {*top}
+    assert top.count("GroupQueryAttention") == 4
+    assert not {"If", "Slice", "TensorScatter", "Attention"} & {*top}

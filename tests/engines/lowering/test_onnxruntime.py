@@ -14,7 +14,8 @@ import onnx_ir as ir
 import pytest
 
 from llava_deploy.engines.contract import DecoderShape
-from llava_deploy.engines.lowering.onnxruntime import decoder_passes, vision_passes
+from llava_deploy.engines.lowering.group_query_attention import Form
+from llava_deploy.engines.lowering.onnxruntime import attention_form, decoder_passes, vision_passes
 from llava_deploy.exporter.config import DecoderConfig, RopeConfig
 from llava_deploy.exporter.quantization.weight import WeightFormat
 from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeDecoder, OnnxRuntimeOptions
@@ -86,7 +87,7 @@ def test_logits_and_caches_are_the_canonical_graphs(
 ) -> None:
     config, precision, weight, head = CASES[case]
     graphs = draw_graphs(config, precision, seed, weight, head)
-    engine = lowered(graphs.decoder, decoder_passes())
+    engine = lowered(graphs.decoder, decoder_passes(Form.ALONE))
     bound = 1e-5 if precision == "fp32" else 1e-2  # float16 rounds to 11 bits, in the canonical graph
     assert run_steps([graphs.decoder, engine], graphs.decoder_shape, tmp_path, seed) < bound
 
@@ -96,16 +97,30 @@ def test_nothing_is_rounded_but_at_the_ends(draw_graphs: Callable[..., Any], tmp
     """The engine is as near to the canonical graph in float32, of the same weights, as one of float32 would be."""
     config, precision, weight, head = CASES[case]
     graphs = draw_graphs(config, precision, 3, weight, head)
-    wide, *rest = decoder_passes()
+    wide, *rest = decoder_passes(Form.ALONE)
     canonical = lowered(graphs.decoder, [wide])
     engine = lowered(graphs.decoder, [wide, *rest])
     assert run_steps([canonical, engine], graphs.decoder_shape, tmp_path, 3) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("version", "form"),
+    [
+        ("1.25.0", Form.BRANCH),
+        ("1.31.2", Form.BRANCH),
+        ("1.32.0", Form.ALONE),
+        ("1.33.0.dev1", Form.ALONE),
+        ("2.0", Form.ALONE),
+    ],
+)
+def test_old_releases_get_a_branch(version: str, form: Form) -> None:
+    assert attention_form(version) is form
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_an_engines_decoder_is_made_of(draw_graphs: Callable[..., Any], case: str) -> None:
     config, precision, weight, head = CASES[case]
-    model = lowered(draw_graphs(config, precision, 0, weight, head).decoder, decoder_passes())
+    model = lowered(draw_graphs(config, precision, 0, weight, head).decoder, decoder_passes(Form.ALONE))
     onnx.checker.check_model(ir.to_proto(model))
     top = [node.op_type for node in model.graph]
     layers, fused = config.num_hidden_layers, weight is not None and not weight.permuted
@@ -115,7 +130,7 @@ def test_what_an_engines_decoder_is_made_of(draw_graphs: Callable[..., Any], cas
     if config is ODD_HEADS:
         assert top.count("Attention") == layers
     else:
-        assert top.count("If") == layers
+        assert top.count("GroupQueryAttention") == layers
     packed = fused and config not in (BIASES, ODD_HEADS)
     splits = {"q, k, v": 0 if packed else layers, "gate, up": layers} if fused else {}
     assert top.count("Split") == sum(splits.values())
