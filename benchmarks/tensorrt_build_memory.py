@@ -1,10 +1,11 @@
 """What building the engines of a 7B model takes of memory, anonymous and mapped, and in which phase.
 
-    python benchmarks/tensorrt_build_memory.py DIRECTORY [--precision int4] [--layers 32] [--batch 1] [-o RESULT.json]
+    python benchmarks/tensorrt_build_memory.py DIRECTORY [--precision int4] [--parts N] [-o RESULT.json]
 
 Writes a bundle of LLaVA-1.5-7B's shape with drawn weights into DIRECTORY (5 GB in int4, 15 GB in fp16, and as much
-again for the engines), builds it with TensorRT for RTX in a process of its own, and removes all of it in the end. No
-GPU is needed. The building process offers itself to the system first, should memory run out.
+again for the engines), builds it with TensorRT for RTX in a process of its own, and removes all of it in the end. The
+decoder is built in parts, as many as a build has by default where --parts says nothing; ratios are to the weights of
+the whole decoder. No GPU is needed. The building process offers itself to the system first, should memory run out.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ from pathlib import Path
 from llava_deploy.engines.tensorrt.builder import build_tensorrt
 from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions
 Path("/proc/self/oom_score_adj").write_text("1000")
+parts = int(sys.argv[4]) if sys.argv[4:] else None
 options = TensorRtBuildOptions(
-    "tensorrt-rtx", max_batch=int(sys.argv[2]), max_len=2048, capabilities=(sys.argv[3],), skip_memory_check=True
+    "tensorrt-rtx", max_batch=int(sys.argv[2]), max_len=2048, capabilities=(sys.argv[3],), parts=parts,
+    skip_memory_check=True,
 )
 build_tensorrt(
     Path(sys.argv[1]), options, on_progress=lambda p: print(json.dumps([time.time(), p.what, p.phase]), flush=True)
@@ -68,9 +71,10 @@ def memory_of(process: int) -> dict[str, int]:
     return {name: int(value.split()[0]) * 1024 for name, value in fields if name in KINDS}
 
 
-def build(bundle: Path, batch: int, capability: str) -> dict[str, Any]:
-    """Build both engines and watch the process: peaks by graph, and the phases that they were in."""
-    command = [sys.executable, "-c", BUILD, str(bundle), str(batch), capability]
+def build(bundle: Path, batch: int, capability: str, parts: int | None) -> dict[str, Any]:
+    """Build all engines and watch the process: peaks by graph and part, and the phases that they were in."""
+    wanted = [] if parts is None else [str(parts)]
+    command = [sys.executable, "-c", BUILD, str(bundle), str(batch), capability, *wanted]
     log, begin, samples = bundle.parent / "phases", time.time(), []
     with log.open("w", encoding="utf-8") as phases, subprocess.Popen(command, stdout=phases) as process:
         while process.poll() is None:
@@ -94,15 +98,19 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     bundle = directory / "bundle"
     export(bundle, options.precision, options.layers, options.form)
     weights = {graph: (bundle / f"{graph}.onnx.data").stat().st_size for graph in ("vision", "decoder")}
-    result = build(bundle, options.batch, options.capability)
-    plans = {path.stem: path.stat().st_size for path in bundle.glob("engines/*/*.plan")}
-    ratios = {
-        f"{graph} {kind}": round(result["peaks"][graph][kind]["bytes"] / size, 3)
-        for graph, size in weights.items()
-        for kind in KINDS[:2]
-        if graph in result["peaks"]
-    }
-    return {"weights": weights, "plans": plans, **result, "ratio_to_weights": ratios}
+    result = build(bundle, options.batch, options.capability, options.parts)
+    if result["rc"]:
+        raise SystemExit(
+            f"the build has failed with {result['rc']}; its peaks: {json.dumps(result['peaks'], indent=1)}"
+        )
+    plans = {path.stem: path.stat().st_size for path in sorted(bundle.glob("engines/*/*.plan"))}
+    ratios = {}
+    for graph, size in weights.items():
+        for kind in KINDS[:2]:
+            peaks = [part[kind]["bytes"] for name, part in result["peaks"].items() if name.startswith(graph)]
+            ratios[f"{graph} {kind}"] = round(max(peaks) / size, 3)
+    recipe = json.loads(next(bundle.glob("engines/*/engine.json")).read_text(encoding="utf-8"))["key"]["tensorrt"]
+    return {"weights": weights, "parts": recipe["parts"], "plans": plans, **result, "ratio_to_weights": ratios}
 
 
 def main() -> None:
@@ -114,6 +122,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="of the decoder; 32 are 7B's")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--capability", default="sm89")
+    parser.add_argument("--parts", type=int, help="of the decoder; by default the build's own choice")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     work = options.directory / "tensorrt_build_memory"

@@ -186,7 +186,8 @@ def _lower(build: _Build, graph: EngineGraph, directory: Path) -> tuple[Path, Ex
 def _parse_and_serialize(build: _Build, graph: EngineGraph, path: Path, expected: ExpectedLayers, plan: Path) -> None:
     module, recipe = build.module, build.recipe
     messages, phases = Messages(), Phases()
-    parsed = parse_network(module, path, messages)
+    # In a thread, too: a Ctrl-C that arrives while the parser calls back into Python would get lost in it.
+    parsed = run_watched(lambda: parse_network(module, path, messages), Phases(), lambda *_: None)
     check_network(module.api, parsed.network, graph.spec, expected)
     allow_decomposition(module.api, parsed.network)
     config = parsed.builder.create_builder_config()
