@@ -50,6 +50,10 @@ class CachedContext:
         self._slots = list(prompt[:same])
         return same
 
+    def append(self, slot: Hashable) -> None:
+        """One more slot was written."""
+        self._slots.append(slot)
+
     def extend(self, slots: Sequence[Hashable]) -> None:
         """More slots were written."""
         self._slots.extend(slots)

@@ -103,16 +103,17 @@ class Generation:
         self.first_token_at = time.perf_counter()
         self.prefill_seconds = self.first_token_at - began
         yield
-        last_index = np.zeros(len(self.rows), np.int64)
-        while any(row.finish_reason is None for row in self.rows):
+        rows, last_slot = self.rows, self._decoder.max_len - 1
+        write, last_index = np.zeros((2, len(rows)), np.int64)
+        while any(row.finish_reason is None for row in rows):
             began = time.perf_counter()
-            # A row that has finished writes again to its last slot, which nothing will read.
-            write = np.array([min(row.length, self._decoder.max_len - 1) for row in self.rows])
-            logits = self._decoder.step(embed(chosen)[:, None], write, last_index)
-            on_written(int(chosen[0]))
-            for row in self.rows:
+            for index, row in enumerate(rows):
+                # A row that has finished writes again to its last slot, which nothing will read.
+                write[index] = min(row.length, last_slot)
                 if row.finish_reason is None:
                     row.length += 1
+            logits = self._decoder.step(embed(chosen)[:, None], write, last_index)
+            on_written(chosen.item(0))
             chosen = self._choose(logits)
             self.decode_seconds += time.perf_counter() - began
             yield

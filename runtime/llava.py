@@ -216,16 +216,14 @@ class Llava:
         # Here too: by the first step of a stream that waited, the tokens it wanted to reuse may be overwritten.
         self._require_latest(call)
         single = len(generation.rows) == 1
-
-        def written(token: int) -> None:
-            if single:
-                self._context.extend((token,))
-
-        for count, _ in enumerate(
-            self._or_cleared(generation.steps(batch.tokens.after(reused), self.encoder.embed, written))
-        ):
-            if single and not count:
-                self._context.extend(batch.slots[reused:])
+        written = self._context.append if single else _ignore
+        steps = self._or_cleared(generation.steps(batch.tokens.after(reused), self.encoder.embed, written))
+        next(steps)
+        if single:
+            self._context.extend(batch.slots[reused:])
+        yield
+        self._require_latest(call)
+        for _ in steps:
             yield
             self._require_latest(call)
 
@@ -259,6 +257,10 @@ class Llava:
             done = row.finish_reason is not None
             timings = _timings(generation, batch, 0, reused, began) if done else None
             yield Piece(ids, text, row.finish_reason, timings)
+
+
+def _ignore(token: int) -> None:
+    """Of several rows nothing is reused."""
 
 
 def _timings(generation: Generation, batch: EncodedBatch, row: int, reused: int, began: float) -> Timings:
