@@ -68,7 +68,14 @@ class Comparison:
         task = json.loads((self._models / TASK / "task.json").read_text(encoding="utf-8"))
         facts = {name: task[name] for name in ("prompt_tokens", "image_tokens")}
         circumstances = {**self._machine, "threads": self._threads, "checkpoint": CHECKPOINT, **facts}
-        return rows.report(circumstances, self._bandwidth, self._results, self.failed, self._new_tokens)
+        failed = {name: self._without_paths(why) for name, why in self.failed.items()}
+        return rows.report(circumstances, self._bandwidth, self._results, failed, self._new_tokens)
+
+    def _without_paths(self, message: str) -> str:
+        """A message that names no directory of this machine."""
+        for directory in (self._models, self._environments):
+            message = message.replace(str(directory), directory.name)
+        return message
 
     def _measure_bandwidth(self) -> None:
         command = [sys.executable, BENCHMARKS / "bandwidth.py", "--threads", str(self._threads)]

@@ -64,8 +64,10 @@ INT4 = ("--precision", "int4", "--group-size", "32", "--lm-head", "int8")
 OURS = (
     Ours("ours-fp32", "llava-deploy fp32", "fp32", ("--precision", "fp32"), ()),
     Ours("ours-int4", "llava-deploy int4", "int4", INT4, ()),
-    Ours("ours-int4-fast", "llava-deploy int4, symmetric", "int4", (*INT4, "--symmetric"), ()),
-)
+    Ours("ours-int4-tower8", "llava-deploy int4, tower in int8", "int4", INT4, ("--int8", "vision")),
+    Ours("ours-int4-prefill8", "llava-deploy int4, tower and prefill in int8", "int4", INT4,
+         ("--int8", "vision", "--int8", "prefill")),
+)  # fmt: skip
 
 FP32, BF16 = (32.0, 32.0), (16.0, 16.0)
 Q4_0 = (4.5, 8.5)  # 32 weights and a float16; SmolLM2's width makes llama.cpp take Q8_0 for the output layer

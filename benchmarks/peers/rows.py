@@ -18,7 +18,6 @@ HEADS = (
     "", "kind", "TTFT ms", "decode tok/s", "of the ideal", "peak MB", "anonymous + mapped", "on disk MB", "load s",
     "tokens",
 )  # fmt: skip
-RIVALS = ("fp32", "int4")
 DECODER = {"layers": 30, "hidden": 576, "intermediate": 1536, "kv": 192, "vocabulary": 49216}
 """SmolLM2-135M's, with the rows of the vocabulary that the placeholder has added."""
 
@@ -82,10 +81,15 @@ def equal_tokens(found: Sequence[Mapping[str, Any]], reference: Sequence[Mapping
 
 
 def rivalry(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Each of ours over the best peer of its family: of those with the picture, and for decode of all."""
+    """Each of ours over the best peer: int4 over that of all, a float form over that of its family.
+
+    Of the peers with the picture; for decode also of all.
+    """
     beside = {}
     for ours in (one for one in rows if one["name"].startswith("ours-")):
-        peers = [one for one in rows if one["family"] == ours["family"] and not one["name"].startswith("ours-")]
+        peers = [
+            one for one in rows if not one["name"].startswith("ours-") and ours["family"] in ("int4", one["family"])
+        ]
         seeing = [one for one in peers if one["mode"] == "vlm"]
         if not seeing:
             continue
