@@ -52,7 +52,7 @@ def test_commands_and_options_exist(path: Path) -> None:
         command = cli.main.commands.get(name)
         assert isinstance(command, click.Command), name
         options = {option for parameter in command.params for option in parameter.opts}
-        assert set(re.findall(r"(?<=\s)--[a-z-]+", rest.partition("#")[0])) <= options
+        assert set(re.findall(r"(?<=\s)--[a-z0-9-]+", rest.partition("#")[0])) <= options
 
 
 def test_the_bundle_format_names_every_field() -> None:

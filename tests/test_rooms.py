@@ -24,7 +24,7 @@ FILES = [
 
 GROUND_FLOOR = (
     *("contract", "manifest", "names", "errors", "integrity", "engine_manifest", "staging", "nibbles"),
-    *("tensorrt_recipe", "tensorrt_module", "decoder_parts"),
+    *("tensorrt_recipe", "tensorrt_module", "decoder_parts", "processor"),
 )
 EXPORT_ONLY = {
     "torch",
