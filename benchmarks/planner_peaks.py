@@ -13,16 +13,14 @@ import argparse
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from int4_streaming import VISION_L, llava, llava_7b, write_checkpoint
-from measuring import circumstances, save
+from measuring import Figures, circumstances, measured_process, save
+from written_checkpoint import VISION_L, llava, llava_7b, write_checkpoint
 
 from llava_deploy.engines.tensorrt_module import import_tensorrt
 from llava_deploy.exporter.checkpoint import open_checkpoint
@@ -62,7 +60,7 @@ from pathlib import Path
 from llava_deploy.engines.tensorrt.builder import build_tensorrt
 from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions
 targets = tuple(sys.argv[2].split("-"))
-options = TensorRtBuildOptions("tensorrt-rtx", capabilities=targets, skip_memory_check=True)
+options = TensorRtBuildOptions("tensorrt-rtx", capabilities=targets, parts=1, skip_memory_check=True)
 build_tensorrt(Path(sys.argv[1]), options, replace=True)
 """
 
@@ -113,27 +111,10 @@ RUNS = {
 }
 
 
-def peaks(command: list[str]) -> dict[str, int | float]:
-    """Run a command to its end; the largest anonymous and mapped memory that was seen of it, in bytes."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    status = Path(f"/proc/{process.pid}/status")
-    highest = {"RssAnon": 0, "RssFile": 0, "VmHWM": 0}
-    while process.poll() is None:
-        for line in status.read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key in highest:
-                highest[key] = max(highest[key], int(value.split()[0]) * 1024)
-        time.sleep(INTERVAL)
-    output = process.communicate()[0]
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{output}")
-    return {
-        "anonymous": highest["RssAnon"],
-        "mapped": highest["RssFile"],
-        "resident": highest["VmHWM"],
-        "seconds": round(time.perf_counter() - began, 1),
-    }
+def peaks(command: list[str]) -> Figures:
+    """A command's largest anonymous and mapped memory, and how long it took."""
+    figures = measured_process(command, INTERVAL)
+    return {name: figures[name] for name in ("anonymous", "mapped", "resident", "seconds")}
 
 
 def python(code: str, *arguments: object) -> list[str]:
@@ -142,7 +123,7 @@ def python(code: str, *arguments: object) -> list[str]:
 
 def measured(
     model: str, checkpoint: Path, precision: str, stages: list[str], work: Path
-) -> Iterator[tuple[dict[str, Any], dict[str, int | float]]]:
+) -> Iterator[tuple[dict[str, Any], Figures]]:
     """Every stage of one precision, in the order in which they need each other."""
     bundle = work / f"{model}-{precision}"
     options = PRECISIONS[precision] or ["--precision", precision]

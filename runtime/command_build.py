@@ -50,7 +50,7 @@ def refuse_tensorrt_options(reason: str) -> None:
 
 
 parts_option = click.option(
-    "--parts", type=int, help="Of TensorRT: plans of the decoder, built in turn; by default few, of 2 GiB."
+    "--parts", type=int, help="Of TensorRT: plans of the decoder, built in turn; by default few, of 1.75 GB at most."
 )
 tensorrt_options = options_as_one(
     "tensorrt",

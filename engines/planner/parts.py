@@ -10,11 +10,12 @@ from llava_deploy.engines.decoder_parts import layer_ranges
 from llava_deploy.engines.errors import OptionError
 from llava_deploy.engines.planner.model import GraphWeights, PlannedModel
 
-LARGEST_PART = 2 << 30
+LARGEST_PART = 1_750_000_000
 """Bytes of weights that a part has at most where nobody says how many parts there are to be.
 
-A build has about twice that in memory, which leaves room for a 7B model on a board of 8 GB. Each part more costs a
-build some seconds, and a step the launch of one more engine; so there are no more of them than that takes.
+A build has about twice that in the host's memory, and the full TensorRT as much again in the GPU's: so a 7B model in
+int4 is built on a board where both have 8 GB together, at all its positions. Each part more costs a build some seconds,
+and a step the launch of one more engine, so there are no more of them than that takes.
 """
 
 

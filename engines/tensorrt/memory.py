@@ -42,5 +42,6 @@ def require_memory(
             continue
         problem = f"{bundle}: the build is planned to take {wanted:,} bytes of {where}, {free:,} are free"
         if enforce:
-            raise BuildMemoryError(f"{problem}; free some, build on a larger machine, or go on with --force")
+            smaller = "" if len(recipe.parts) == model.decoder.layers else "in more --parts, "
+            raise BuildMemoryError(f"{problem}; free some, build {smaller}on a larger machine, or go on with --force")
         on_warning(f"{problem}; going on")

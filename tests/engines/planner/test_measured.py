@@ -46,7 +46,7 @@ def estimate(entry: dict[str, Any]) -> Memory:
     if stage == "export":
         return export_memory(planned)
     if stage == "build":
-        return build_memory(planned, backend, Sizes.of_run(1, 1, 1), "in-place", decoder_parts(planned, None))
+        return build_memory(planned, backend, Sizes.of_run(1, 1, 1), "in-place", decoder_parts(planned, 1))
     sizes = Sizes.of_run(entry["batch"], entry["length"], entry["pictures"])
     return run_memory(planned, backend, sizes, "in-place", (planned.decoder.layers,))
 
