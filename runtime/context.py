@@ -1,4 +1,4 @@
-"""What the runtime remembers between calls: image features, and which tokens the cache holds."""
+"""What the runtime remembers between calls: pictures, their features, and which tokens the cache holds."""
 
 from __future__ import annotations
 
@@ -28,6 +28,25 @@ class FeatureCache:
         self._features[digest] = features.copy() if isinstance(features, np.ndarray) else features
         while len(self._features) > FEATURES_KEPT:
             self._features.popitem(last=False)
+
+
+class KnownPictures:
+    """Digests by :func:`~llava_deploy.runtime.pictures.source_key`: what was decoded once is not decoded again."""
+
+    def __init__(self) -> None:
+        self._digests: OrderedDict[Hashable, bytes] = OrderedDict()
+
+    def get(self, key: Hashable) -> bytes | None:
+        """Digest of the picture."""
+        if key in self._digests:
+            self._digests.move_to_end(key)
+        return self._digests.get(key)
+
+    def put(self, key: Hashable, digest: bytes) -> None:
+        """Keep a picture's digest."""
+        self._digests[key] = digest
+        while len(self._digests) > 4 * FEATURES_KEPT:
+            self._digests.popitem(last=False)
 
 
 class CachedContext:

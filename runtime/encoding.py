@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from PIL import Image
@@ -16,9 +15,9 @@ from llava_deploy.engines.errors import BundleError, PromptError
 from llava_deploy.engines.manifest import EMBEDDING_TABLE, TOKENIZER
 from llava_deploy.runtime.backend import ImageFeatures, VisionSession
 from llava_deploy.runtime.bundle import Bundle
-from llava_deploy.runtime.context import FeatureCache
+from llava_deploy.runtime.context import FeatureCache, KnownPictures
 from llava_deploy.runtime.new_tokens import NewTokens, splice_rows
-from llava_deploy.runtime.pictures import PictureSource, load_picture, picture_digest
+from llava_deploy.runtime.pictures import PictureSource, TakenPicture, source_key, take_picture
 from llava_deploy.runtime.preprocess import preprocess_batch
 from llava_deploy.runtime.token_texts import TokenTexts
 from llava_deploy.runtime.tokenize import tokenize_prompt
@@ -71,6 +70,7 @@ class PromptEncoder:
         self._manifest = bundle.manifest
         self.vision = vision
         self._features = FeatureCache()
+        self._known = KnownPictures()
         self._table = _load_table(bundle)
         self.tokenizer = _load_tokenizer(bundle)
         self.token_texts = TokenTexts(self.tokenizer)
@@ -130,10 +130,11 @@ class PromptEncoder:
             for index, (tokens, sources) in enumerate(zip(ids, rows, strict=True))
         ]
         laps.end("splice")
-        pictures = [[load_picture(source) for source in sources] for sources in rows]
-        digests = [[picture_digest(picture) for picture in row] for row in pictures]
+        features: dict[bytes, ImageFeatures] = {}
+        unknown: dict[bytes, Image.Image] = {}
+        digests = [[self._look_at(source, features, unknown) for source in sources] for sources in rows]
         laps.end("preprocess")
-        features = self._features_of(dict(zip(chain(*digests), chain(*pictures), strict=True)), laps)
+        self._encode_pictures(unknown, features, laps)
         wanted = [[features[digest] for digest in row] for row in digests]
         embeds, placements = splice_rows(ids, wanted, self._manifest.vision.patches, self.embed)
         slots = self._slots(ids[0], digests[0])
@@ -148,23 +149,43 @@ class PromptEncoder:
             vision_clocks=tuple(laps.clocks),
         )
 
-    def _features_of(self, pictures: Mapping[bytes, Image.Image], laps: _Laps) -> dict[bytes, ImageFeatures]:
-        """Features ``[patches, hidden]`` of each picture; those not known are encoded, some at a time."""
-        known = {digest: self._features.get(digest) for digest in pictures}
-        found = {digest: features for digest, features in known.items() if features is not None}
-        unknown = [digest for digest in pictures if digest not in found]
-        for at in range(0, len(unknown), self.vision.max_images):
-            group = unknown[at : at + self.vision.max_images]
-            pixels = self.pixels([pictures[digest] for digest in group])
+    def _look_at(
+        self, source: PictureSource, features: dict[bytes, ImageFeatures], unknown: dict[bytes, Image.Image]
+    ) -> bytes:
+        """Digest of a picture, which goes to ``features`` with what is known, or else to ``unknown``.
+
+        It is decoded only where its features are not known, or not that it is the one that they are of.
+        """
+        key = None if isinstance(source, TakenPicture) else source_key(source)
+        digest = source.digest if isinstance(source, TakenPicture) else self._known.get(key)
+        found = None if digest is None else self._features.get(digest)
+        if digest is None or (found is None and digest not in unknown):
+            taken = take_picture(source)
+            digest, found = taken.digest, self._features.get(taken.digest)
+            unknown[digest] = taken.image
+        if found is not None:
+            features[digest] = found
+            unknown.pop(digest, None)
+        if key is not None:
+            self._known.put(key, digest)
+        return digest
+
+    def _encode_pictures(
+        self, unknown: Mapping[bytes, Image.Image], features: dict[bytes, ImageFeatures], laps: _Laps
+    ) -> None:
+        """Add the features ``[patches, hidden]`` of pictures, encoded some at a time."""
+        digests = list(unknown)
+        for at in range(0, len(digests), self.vision.max_images):
+            group = digests[at : at + self.vision.max_images]
+            pixels = self.pixels([unknown[digest] for digest in group])
             laps.end("preprocess")
             encoded = self.vision.encode(pixels)  # [group, patches, hidden]
-            for digest, features in zip(group, encoded, strict=True):
-                found[digest] = features
-                self._features.put(digest, features)
+            for digest, found in zip(group, encoded, strict=True):
+                features[digest] = found
+                self._features.put(digest, found)
             if (clock := self.vision.clock()) is not None:
                 laps.clocks.append(clock)
             laps.end("vision")
-        return found
 
     def _checked_length(self, index: int, ids: np.ndarray, pictures: int, limit: int) -> int:
         """Tokens of a row once its pictures are in it.

@@ -157,7 +157,7 @@ class OnnxRuntimeDecoder:
         rows, tokens = inputs_embeds.shape[:2]
         index = -1 if rows * tokens >= INT8_FROM_TOKENS else 0
         session, binding = self._sessions[index], self._bindings[index]
-        if tokens == 1 and not pictures:
+        if self._token_feed.takes(inputs_embeds) and not pictures:
             self._token_feed.bind(binding, inputs_embeds, write_indices)
         else:
             self._token_feed.release()

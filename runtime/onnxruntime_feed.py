@@ -43,6 +43,10 @@ class TokenFeed:
         }
         self._bound = False
 
+    def takes(self, inputs_embeds: np.ndarray) -> bool:
+        """Whether these are of single tokens; those of another size or dtype than the graph's are its to refuse."""
+        return inputs_embeds.shape == self._embeds.shape and inputs_embeds.dtype == self._embeds.dtype
+
     def release(self) -> None:
         """Other values were bound in the place of these."""
         self._bound = False

@@ -13,10 +13,12 @@ import os
 import re
 import stat
 import threading
+import time
 import urllib.parse
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias, runtime_checkable
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 # AVIF comes last: older Pillows do not know the name, and a lookup of it ends the search.
 _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")
+_SETTLED = 2.0
+"""Seconds: the coarsest clock of a file system that is about, FAT's."""
 _warnings_lock = threading.Lock()
 
 
@@ -48,8 +52,21 @@ class _Seekable(Protocol):
     def seek(self, offset: int, /) -> int: ...
 
 
+@dataclass(frozen=True)
+class TakenPicture:
+    """A picture that stays as it is, so that later questions need not look at its pixels; see :func:`take_picture`.
+
+    Attributes:
+        image: upright, RGB; not to be changed.
+        digest: see :func:`picture_digest`.
+    """
+
+    image: Image.Image
+    digest: bytes
+
+
 PictureSource: TypeAlias = (
-    "str | os.PathLike[str] | bytes | bytearray | memoryview | Readable | Image.Image | np.ndarray"
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | Readable | Image.Image | np.ndarray | TakenPicture"
 )
 
 
@@ -65,7 +82,7 @@ def load_picture(source: PictureSource) -> Image.Image:
     Args:
         source: a path; a ``data:`` URI; the bytes of a picture file; an open binary file, read from its start where it
             can seek; a Pillow image, which stays as it is; or an array [height, width] or [height, width, 1, 3 or 4]
-            (RGB order) of uint8, uint16, or floats in 0..1.
+            (RGB order) of uint8, uint16, or floats in 0..1; or what :func:`take_picture` gave.
 
     Raises:
         PictureError: empty, truncated, not a picture, of more than ``MAX_PIXELS`` pixels, a missing file, a remote
@@ -73,6 +90,8 @@ def load_picture(source: PictureSource) -> Image.Image:
     """
     from PIL import Image
 
+    if isinstance(source, TakenPicture):
+        return source.image.copy()
     if isinstance(source, Image.Image):
         return upright_rgb(source, "Pillow image")
     if isinstance(source, np.ndarray):
@@ -89,6 +108,35 @@ def load_picture(source: PictureSource) -> Image.Image:
         f"picture: want a path, bytes, open binary file, data URI, Pillow image or ndarray, "
         f"found {type(source).__name__}; convert it to one of these"
     )
+
+
+def take_picture(source: PictureSource) -> TakenPicture:
+    """Load a picture for a whole conversation; source and errors as :func:`load_picture` has them."""
+    if isinstance(source, TakenPicture):
+        return source
+    image = load_picture(source)
+    return TakenPicture(image, picture_digest(image))
+
+
+def source_key(source: PictureSource) -> Hashable | None:
+    """What is equal only for sources that hold the same picture; ``None`` where only its pixels can tell.
+
+    A file is told by its inode, size and times, as git tells one that was not changed; not one that was changed a
+    moment ago, which may be changed again within the same tick of its file system's clock.
+    """
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        source = source.encode("utf-8", "surrogatepass")
+    if isinstance(source, bytes | bytearray | memoryview):
+        return "bytes", hashlib.blake2b(source, digest_size=16).digest()
+    if not isinstance(source, str | os.PathLike):
+        return None
+    try:
+        found = Path(os.fspath(source)).stat()
+    except (OSError, ValueError):
+        return None  # loading it says what is wrong
+    if not stat.S_ISREG(found.st_mode) or time.time() - max(found.st_mtime, found.st_ctime) < _SETTLED:
+        return None
+    return "file", found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def picture_digest(image: Image.Image) -> bytes:

@@ -15,7 +15,7 @@ from PIL import Image
 from llava_deploy.engines.errors import LlavaDeployError, PictureError, PromptError
 from llava_deploy.runtime.answers import Piece
 from llava_deploy.runtime.llava import Llava
-from llava_deploy.runtime.pictures import PictureSource, load_picture
+from llava_deploy.runtime.pictures import PictureSource, TakenPicture, take_picture
 from llava_deploy.runtime.terminal_run import AnswerOptions, closing_notes, write_text
 
 HELP = """\
@@ -32,7 +32,7 @@ class Conversation:
         self._llava = llava
         self._options = options
         self.messages: list[dict[str, Any]] = []
-        self.waiting: list[Image.Image] = []
+        self.waiting: list[TakenPicture] = []
 
     def show(self, source: PictureSource) -> Image.Image:
         """Load a picture; it goes with the next question.
@@ -40,9 +40,9 @@ class Conversation:
         Raises:
             PictureError: it cannot be used.
         """
-        picture = load_picture(source)
-        self.waiting.append(picture)
-        return picture
+        taken = take_picture(source)
+        self.waiting.append(taken)
+        return taken.image
 
     def reset(self) -> None:
         """Forget everything."""
