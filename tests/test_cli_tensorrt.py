@@ -22,6 +22,7 @@ def test_build_for_rtx_makes_an_engine_with_the_limits_asked_for(
 ) -> None:
     bundle = shutil.copytree(demo_bundle_fp16, tmp_path / "bundle")
     limits = ("--max-batch", "2", "--max-len", "256", "--max-seq", "128", "--opt-total", "200", "--workspace", "64")
+    limits = (*limits, "--parts", "2")
     arguments = ("build", str(bundle), "--backend", "tensorrt-rtx", "--sm", "8.9", "--sm", "sm86", *limits)
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
@@ -33,9 +34,10 @@ def test_build_for_rtx_makes_an_engine_with_the_limits_asked_for(
     found = recipe.limits
     assert (found.max_batch, found.max_len, found.max_seq, found.opt_total) == (2, 256, 128, 200)
     assert recipe.workspace == 64 << 20
-    before = (directory / "decoder.plan").stat().st_mtime_ns
+    assert recipe.parts == (2, 2)
+    before = (directory / "decoder-2-of-2.plan").stat().st_mtime_ns
     assert invoke(*arguments).exit_code == 0
-    assert (directory / "decoder.plan").stat().st_mtime_ns == before  # there already
+    assert (directory / "decoder-2-of-2.plan").stat().st_mtime_ns == before  # there already
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,12 @@ def test_build_for_rtx_makes_an_engine_with_the_limits_asked_for(
         (["build", "BUNDLE", "--backend", "tensorrt-rtx", "--sm", "sm89", "--max-len", "99999"], "--max-len: want"),
         (["build", "BUNDLE", "--backend", "tensorrt-rtx", "--sm", "sm89", "--workspace", "0"], "--workspace: want"),
         (["build", "BUNDLE", "--backend", "tensorrt-rtx", "--sm", "sm89", "--trt-version", "9"], "--trt-version: "),
+        (["build", "BUNDLE", "--parts", "2"], "--parts: of no effect with --backend onnxruntime"),
+        (
+            ["build", "BUNDLE", "--backend", "tensorrt-rtx", "--sm", "sm89", "--parts", "5"],
+            "--parts: want 1 to 4 (layers of the decoder), got 5",
+        ),
+        (["plan", "BUNDLE", "--parts", "0"], "--parts: want 1 to 4 (layers of the decoder), got 0"),
         (["plan", "BUNDLE", "--board", "commodore-64"], "--board: want auto or one of orin-nano-4gb"),
         (["plan", "BUNDLE", "--precision", "int4"], "--precision: of no effect on a bundle"),
         (["plan", "BUNDLE", "--max-len", "99999"], "--max-len: want 1 to"),
@@ -102,7 +110,8 @@ def test_plan_of_a_bundle_and_of_its_checkpoint_agree(
 
 
 def test_plan_is_a_table_for_people(demo_bundle_fp16: Path, invoke: Invoke) -> None:
-    result = invoke("plan", str(demo_bundle_fp16), "--board", "rtx-4090")
+    result = invoke("plan", str(demo_bundle_fp16), "--board", "rtx-4090", "--parts", "3")
     assert result.exit_code == 0
+    assert "3 plans of TensorRT, of 2, 1, 1 layers" in result.stdout
     assert "Peak memory" in result.stdout
     assert "run tensorrt-rtx" in result.stdout
