@@ -88,6 +88,10 @@ def test_the_command_line(
     assert json.loads(result.stdout)["asked"] == 10
     result = barred(COMMAND, child_environment, "inspect", demo_bundle)
     assert result.returncode == 0, result.stderr
+    few = ("--contexts", 16, "--batches", 1, "--threads", 1, "--quick", "--json", "-")
+    result = barred(COMMAND, child_environment, "bench", demo_bundle, *few)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["bundle"]["precision"] == "fp32"
 
 
 def test_what_needs_the_export_extra_says_so(
