@@ -18,6 +18,16 @@ def python_of(environments: Path, name: str) -> Path:
     return environments / name / "bin" / "python"
 
 
+def remove_broken_torchvision(python: Path) -> None:
+    """Remove a torchvision that cannot be imported beside this torch, as one that was built for CUDA's cannot.
+
+    transformers imports it where it is installed, and does without where it is not.
+    """
+    code = "import importlib.util as u; u.find_spec('torchvision') and __import__('torchvision')"
+    if subprocess.run([str(python), "-c", code], check=False, capture_output=True).returncode:
+        subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
+
+
 def make_environment(environments: Path, name: str) -> None:
     """Make the environment, unless it is there.
 
@@ -33,5 +43,6 @@ def make_environment(environments: Path, name: str) -> None:
     jobs = {"CMAKE_BUILD_PARALLEL_LEVEL": str(len(os.sched_getaffinity(0)))}
     install = [*pip, "install", "--quiet", "-r", str(REQUIREMENTS / f"{name}.txt")]
     subprocess.run(install, check=True, stdout=sys.stderr, env={**os.environ, **BUILD, **jobs})
+    remove_broken_torchvision(python_of(environments, name))
     frozen = subprocess.run([*pip, "freeze"], check=True, capture_output=True, text=True).stdout
     stamp.write_text(frozen, encoding="utf-8")
