@@ -58,7 +58,7 @@ def run_benchmark(
     wanted: Wanted,
     options: BenchOptions,
     bound_of: BoundOf,
-    on_round: Callable[[int, int], None],
+    on_turn: Callable[[int, int], None],
 ) -> Report:
     """Load a bundle and measure it.
 
@@ -67,7 +67,7 @@ def run_benchmark(
         wanted: backend, slots of the cache, threads.
         options: what to measure.
         bound_of: what a bandwidth allows of decoding.
-        on_round: gets the number of rounds that are over, the one that warms up included, and of how many.
+        on_turn: gets the number of turns that are over, those that warm up included, and of how many at most.
 
     Raises:
         OptionError: an option that the bundle cannot have, or too short a context to measure anything in.
@@ -79,13 +79,14 @@ def run_benchmark(
         watch.phase("loading")
         loaded = load(directory, wanted)
         turns = fitting(options, _room(loaded))
-        bench = Bench(loaded, turns)
+        count = (1 + options.rounds) * (1 + len(turns.contexts) + sum(batch > 1 for batch in turns.batches))
+        done = iter(range(1, count + 1))
+        bench = Bench(loaded, turns, lambda: on_turn(next(done), count))
         unmeasured = bench.warm_up(watch)
-    on_round(1, options.rounds + 1)
     on_gpu = loaded.backend != "onnxruntime"
     machine = this_machine(device.name if on_gpu and device is not None else None)
     meter = _meter(loaded, device, wanted.threads, machine)
-    measured = bench.run(options.rounds, meter.read, lambda done: on_round(done + 1, options.rounds + 1))
+    measured = bench.run(options.rounds, meter.read)
     bandwidth = Bandwidth(meter.kind, meter.threads, meter.nbytes, Samples.of(measured.bandwidth))
     decode, batches = _decodes(loaded.backend, turns, measured, bound_of, bandwidth.bytes_per_second.median)
     manifest = loaded.llava.manifest

@@ -140,8 +140,8 @@ def _machine_doubts(now: Machine, before: Machine) -> Iterator[str]:
     for what, earlier, later in (
         ("processor", before.cpu, now.cpu),
         ("GPU", before.gpu, now.gpu),
-        ("processors that may be used", before.logical_cpus, now.logical_cpus),
-        ("cores", before.physical_cores, now.physical_cores),
+        ("number of processors", before.logical_cpus, now.logical_cpus),
+        ("number of cores", before.physical_cores, now.physical_cores),
         ("system", before.system, now.system),
     ):
         if earlier != later:

@@ -67,9 +67,11 @@ class Measured:
 class Bench:
     """Takes the turns of one model."""
 
-    def __init__(self, loaded: Loaded, turns: Turns) -> None:
+    def __init__(self, loaded: Loaded, turns: Turns, on_turn: Callable[[], None]) -> None:
+        """Measure nothing yet; ``on_turn`` is called after each turn, the first token's, a context's, a batch's."""
         self._loaded = loaded
         self._turns = turns
+        self._on_turn = on_turn
         self._prompts = Prompts(loaded.llava.manifest, loaded.llava.encoder.tokenizer)
         self._shown = 0
         # One row is measured anyway. More are where the cache has room for them, which is seen when they warm up.
@@ -86,8 +88,10 @@ class Bench:
         tokens = _FEW if self._loaded.backend == "onnxruntime" else self._turns.new_tokens
         watch.phase("one prompt")
         self.first_token()
+        self._on_turn()
         for context in reversed(self._turns.contexts):
             self._loaded.llava.generate([self._prompts.text(context)], max_new_tokens=tokens)
+            self._on_turn()
         shortest = [self._prompts.text(self._turns.contexts[0])]
         can = []
         for batch in self._batches:
@@ -98,27 +102,29 @@ class Bench:
                 remarks.append(f"batch of {batch} left out: {error}")
             else:
                 can.append(batch)
+            self._on_turn()
         self._batches = tuple(can)
         return remarks
 
-    def run(self, rounds: int, read: Callable[[], Sequence[float]], on_round: Callable[[int], None]) -> Measured:
+    def run(self, rounds: int, read: Callable[[], Sequence[float]]) -> Measured:
         """Measure.
 
         Args:
             rounds: how often everything takes its turn.
             read: measures the memory's bandwidth, bytes a second.
-            on_round: gets the number of rounds that are over.
         """
         contexts = self._turns.contexts
         found = Measured([], {context: [] for context in contexts}, {batch: [] for batch in self._batches}, [])
-        for number in range(1, rounds + 1):
+        for _ in range(rounds):
             found.bandwidth.extend(read())
             found.first.append(self.first_token())
+            self._on_turn()
             for context in reversed(contexts):  # what the cache holds of the longer serves the shorter
                 found.decode[context].append(self.decode(context, 1))
+                self._on_turn()
             for batch in self._batches:
                 found.batches[batch].append(self.decode(contexts[0], batch))
-            on_round(number)
+                self._on_turn()
         return found
 
     def first_token(self) -> FirstSample:

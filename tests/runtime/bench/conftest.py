@@ -24,20 +24,20 @@ SMALL = BenchOptions(None, (16, 64), (1, 2), 6, 3)
 
 @pytest.fixture(scope="session")
 def run_bench() -> Run:
-    """Measure a bundle; ``rounds`` gets how many of how many are over."""
+    """Measure a bundle; ``on_turn`` gets how many turns are over, and of how many."""
 
     def run(
         bundle: Path,
         wanted: Wanted = ON_THE_CPU,
         options: BenchOptions = SMALL,
-        rounds: Callable[[int, int], None] = lambda _done, _total: None,
+        on_turn: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> Report:
         model = planned_bundle(bundle, read_manifest(bundle))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(bandwidth, "_HOST_BUFFER", 1 << 24)
             patch.setattr(bandwidth, "_CACHES", 0)
             patch.setattr(bandwidth, "_DEVICE_BUFFER", 1 << 20)
-            return run_benchmark(bundle, wanted, options, partial(decode_bound, model), rounds)
+            return run_benchmark(bundle, wanted, options, partial(decode_bound, model), on_turn)
 
     return run
 

@@ -90,7 +90,7 @@ def test_next_to_no_context_is_refused(run_bench: Run, demo_bundle: Path) -> Non
         run_bench(demo_bundle, Wanted("onnxruntime", max_len=8, threads=1))
 
 
-def test_rounds_are_reported_and_all_prompts_but_the_first_tokens_repeat(
+def test_turns_are_reported_and_all_prompts_but_the_first_tokens_repeat(
     run_bench: Run, demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, str, bool, int]] = []
@@ -101,10 +101,10 @@ def test_rounds_are_reported_and_all_prompts_but_the_first_tokens_repeat(
         return generate(self, prompts, images, max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Llava, "generate", watching)
-    rounds: list[tuple[int, int]] = []
+    turns: list[tuple[int, int]] = []
     options = BenchOptions(None, (16, 64), (1, 2), 6, 2)
-    run_bench(demo_bundle, options=options, rounds=lambda *at: rounds.append(at))
-    assert rounds == [(1, 3), (2, 3), (3, 3)]
+    run_bench(demo_bundle, options=options, on_turn=lambda *at: turns.append(at))
+    assert turns == [(done, 12) for done in range(1, 13)]
     turn = [(rows, shown) for rows, _, shown, _ in asked[:4]]
     assert turn == [(1, True), (1, False), (1, False), (2, False)]
     assert [(rows, shown) for rows, _, shown, _ in asked] == 3 * turn

@@ -70,7 +70,7 @@ def test_of_text_only_there_is_no_vision_to_compare(report: Report) -> None:
         ("bundle", {"parameters": 7}, "another model: checkpoint (7 parameters), now checkpoint (3,160,320)"),
         ("machine", {"cpu": "abacus"}, "another processor: abacus, now"),
         ("machine", {"gpu": "H100"}, "another GPU: H100, now none given"),
-        ("machine", {"physical_cores": 96}, "another cores: 96"),
+        ("machine", {"physical_cores": 96}, "another number of cores: 96, now"),
         ("machine", {"memory": 10**9}, "another amount of memory: 1.0 GB, now"),
         ("backend", {"name": "tensorrt"}, "another backend: tensorrt, now onnxruntime"),
         ("backend", {"reason": "canonical graphs"}, "the backend ran otherwise: canonical graphs; now ONNX Runtime"),
