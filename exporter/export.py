@@ -109,15 +109,14 @@ def _write(
 ) -> Manifest:
     dtype = np.dtype(graphs.decoder_shape.dtype)
     tensors = checkpoint.tensors
-    table = write_embedding_table(directory / EMBEDDING_TABLE, tensors[EMBED_TOKENS], dtype, progress)
-    paths = [EMBEDDING_TABLE, TOKENIZER]
+    table, written = write_embedding_table(directory / EMBEDDING_TABLE, tensors[EMBED_TOKENS], dtype, progress)
     (directory / TOKENIZER).write_bytes(checkpoint.tokenizer_json)
+    files = [written, describe_file(directory, TOKENIZER)]
     for model, name in ((graphs.vision, VISION_GRAPH), (graphs.decoder, DECODER_GRAPH)):
-        data = directory / f"{name}.data"
-        attach_weights(model, tensors, data, table, progress)
+        files.append(attach_weights(model, tensors, directory / f"{name}.data", table, progress))
         ir.save(model, directory / name)
         onnx.checker.check_model(str(directory / name), full_check=True)
-        paths += [name, data.name]
+        files.append(describe_file(directory, name))
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         model=_card(checkpoint, precision),
@@ -128,7 +127,7 @@ def _write(
         quantization=recipe,
         splice=SpliceRecipe(checkpoint.config.tokenizer_model_max_length),
         tools={name: importlib.metadata.version(name) for name in TOOLS},
-        files=tuple(describe_file(directory, path) for path in sorted(paths)),
+        files=tuple(sorted(files, key=lambda entry: entry.path)),
     )
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest

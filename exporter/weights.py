@@ -1,20 +1,24 @@
-"""Which tensors a model's graphs take, and their way from the checkpoint into external data, one at a time."""
+"""Which tensors a model's graphs take, and their way from the checkpoint into external data, a few at a time."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import onnx_ir as ir
 
 from llava_deploy.engines.errors import CheckpointError, LlavaDeployError
+from llava_deploy.engines.manifest import FileEntry
+from llava_deploy.exporter.ahead import in_order
 from llava_deploy.exporter.config import EMBED_TOKENS, LlavaConfig
 from llava_deploy.exporter.halves import LanguageModel, VisionEncoder
+from llava_deploy.exporter.hashed_file import HashedFile, hashed_file
 from llava_deploy.exporter.quantization.weight import QuantizedSource, require_scales
 
 if TYPE_CHECKING:
@@ -49,21 +53,53 @@ def expected_tensors(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def write_tensor(file: BinaryIO, source: TensorSource, dtype: np.dtype, progress: Progress) -> None:
-    """Append one tensor's values to ``file`` as ``dtype``, some megabytes at a time.
+@dataclass(frozen=True)
+class _Piece:
+    """Some bytes of a file. The first ones of a parameter name it; they start where its alignment says."""
 
-    Raises:
-        CheckpointError: a value is NaN or infinite, or is outside the range of ``dtype``.
+    data: np.ndarray
+    source_bytes: int
+    value: ir.Value | None = None
+
+
+_Job = Callable[[], list[_Piece]]
+
+
+def _float_jobs(source: TensorSource, dtype: np.dtype, value: ir.Value | None) -> Iterator[_Job]:
+    """One tensor's values as ``dtype``, some megabytes at a time.
+
+    Values that are stored so are a view of the mapped file, and the system copies them from there: they are looked
+    at, but are never in memory of our own.
     """
-    values = source.read().reshape(-1)
-    for start in range(0, values.size, _CHUNK):
+    values = np.asarray(source.read()).reshape(-1)
+    for start in range(0, max(1, values.size), _CHUNK):
         chunk = values[start : start + _CHUNK]
-        with np.errstate(over="ignore"):
-            converted = np.ascontiguousarray(chunk, dtype=dtype)
-        if not np.isfinite(converted).all():
-            _refuse(source, chunk, dtype)
-        file.write(converted.data.cast("B"))
-        progress(chunk.size * source.nbytes // max(1, values.size))
+        done = chunk.size * source.nbytes // max(1, values.size)
+        yield partial(_float_piece, source, chunk, dtype, done, value if start == 0 else None)
+
+
+def _float_piece(
+    source: TensorSource, chunk: np.ndarray, dtype: np.dtype, source_bytes: int, value: ir.Value | None
+) -> list[_Piece]:
+    with np.errstate(over="ignore"):
+        converted = np.ascontiguousarray(chunk, dtype=dtype)
+    if not _all_finite(converted):
+        _refuse(source, chunk, dtype)
+    return [_Piece(converted, source_bytes, value)]
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    """``np.isfinite(values).all()`` of float16 or float32, ten times as fast.
+
+    Infinities, and behind them NaNs, are the largest bit patterns: of positive numbers as signed integers, of negative
+    ones as unsigned.
+    """
+    size = values.itemsize
+    infinity = int(np.array(np.inf, values.dtype).view(f"u{size}"))
+    sign = 1 << (8 * size - 1)
+    return bool(
+        values.view(f"i{size}").max(initial=0) < infinity and values.view(f"u{size}").max(initial=0) < sign + infinity
+    )
 
 
 def _refuse(source: TensorSource, chunk: np.ndarray, dtype: np.dtype) -> NoReturn:
@@ -78,26 +114,6 @@ def _refuse(source: TensorSource, chunk: np.ndarray, dtype: np.dtype) -> NoRetur
         f"{source.origin}: tensor {source.name!r} holds {np.abs(wide).max():g}, outside the range of {dtype}; "
         "export with --precision fp32"
     )
-
-
-@dataclass
-class _DataFile:
-    """An external data file that is being written; its tensors come one after the other."""
-
-    file: BinaryIO
-    path: Path
-
-    @contextmanager
-    def place(self, value: ir.Value) -> Iterator[None]:
-        """Have ``value`` take its data from here on, on the next page, or the next cache line if it fills no page.
-
-        The block writes it.
-        """
-        alignment = _PAGE if _length(value) >= _PAGE else _LINE
-        self.file.write(b"\0" * (-self.file.tell() % alignment))
-        offset = self.file.tell()
-        yield
-        value.const_value = _external(value, self.path, offset)
 
 
 def _external(value: ir.Value, path: Path, offset: int) -> ir.ExternalTensor:
@@ -119,55 +135,88 @@ def _length(value: ir.Value) -> int:
 
 
 def attach_weights(model: ir.Model, tensors: Mapping[str, TensorSource], path: Path, shared: SharedTable,
-                   progress: Progress) -> None:  # fmt: skip
+                   progress: Progress) -> FileEntry:  # fmt: skip
     """Write the weights of ``model`` to the external data file ``path`` and refer its parameters to it.
 
     Tensors stand in the order of the graph, each from the next page on, or from the next cache line where it is smaller
-    than a page. A parameter named as the embedding table refers to the table's own file. Peak memory is one chunk, or
-    one quantised weight.
+    than a page. A parameter named as the embedding table refers to the table's own file. Weights are read, converted
+    and rounded some steps ahead of what is written; peak memory is a few chunks, or a few quantised weights, however
+    many the model has.
+
+    Returns:
+        The data file, for the manifest.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite, or is outside the range of its parameter's dtype.
     """
-    with path.open("wb") as file:
-        data = _DataFile(file, path)
-        for name, value in model.graph.initializers.items():
-            if isinstance(value.const_value, ir.ExternalTensor):  # written with the weight that it belongs to
-                continue
-            source = tensors.get(name)
-            if isinstance(source, QuantizedSource) and _type_of(value)[0].bitwidth <= _QUANTIZED_BITS:
-                _attach_quantized(model.graph.initializers, name, source, data)
-                progress(source.nbytes)
-            elif name == EMBED_TOKENS:
-                value.const_value = _external(value, shared.path, shared.offset)
-            elif source is not None:
-                with data.place(value):
-                    write_tensor(file, source, _type_of(value)[0].numpy(), progress)
-            elif value.const_value is not None and _length(value) > _INLINE:  # a constant of the graph's own
-                with data.place(value):
-                    file.write(value.const_value.tobytes())
+    with hashed_file(path) as file:
+        _write(file, _jobs(model.graph.initializers, tensors, shared), progress)
+    return file.entry
 
 
-def _attach_quantized(
-    initializers: Mapping[str, ir.Value], name: str, source: QuantizedSource, data: _DataFile
-) -> None:
+def _write(file: HashedFile, jobs: Iterator[_Job], progress: Progress) -> None:
+    for pieces in in_order(jobs):
+        for piece in pieces:
+            if piece.value is not None:
+                alignment = _PAGE if _length(piece.value) >= _PAGE else _LINE
+                file.write(b"\0" * (-file.tell() % alignment))
+                piece.value.const_value = _external(piece.value, file.path, file.tell())
+            file.write(piece.data)
+            progress(piece.source_bytes)
+
+
+def _jobs(
+    initializers: Mapping[str, ir.Value], tensors: Mapping[str, TensorSource], shared: SharedTable
+) -> Iterator[_Job]:
+    """What is to be written of a graph; a quantised weight comes with what belongs to it."""
+    for name, value in initializers.items():
+        source = tensors.get(name)
+        if isinstance(source, QuantizedSource) and _type_of(value)[0].bitwidth <= _QUANTIZED_BITS:
+            yield partial(_quantized_pieces, initializers, name, source)
+        elif name == EMBED_TOKENS:
+            value.const_value = _external(value, shared.path, shared.offset)
+        elif source is not None:
+            yield from _float_jobs(source, _type_of(value)[0].numpy(), value)
+        elif value.const_value is not None and _length(value) > _INLINE:  # a constant of the graph's own
+            yield partial(_constant_pieces, value, value.const_value)
+
+
+def _constant_pieces(value: ir.Value, constant: ir.TensorProtocol) -> list[_Piece]:
+    return [_Piece(np.frombuffer(constant.tobytes(), np.uint8), 0, value)]
+
+
+def _quantized_pieces(initializers: Mapping[str, ir.Value], name: str, source: QuantizedSource) -> list[_Piece]:
     """The weight and what belongs to it, under the names of :class:`~llava_deploy.exporter.blocks.QuantizedLinear`."""
     weight = source.read_quantized()
-    scale = initializers[f"{name}_scale"]
-    kind = _type_of(scale)[0].numpy()
+    kind = _type_of(initializers[f"{name}_scale"])[0].numpy()
     with np.errstate(over="ignore"):
         scales = weight.scales.astype(kind)
     require_scales(scales, f"{source.origin}, as {kind}")
-    parts = {"": weight.data, "_scale": scales, "_zero_point": weight.zero_points,
-             "_permutation": weight.permutation}  # fmt: skip
-    for suffix, values in parts.items():
-        if values is not None:
-            with data.place(initializers[name + suffix]):
-                data.file.write(np.ascontiguousarray(values).data.cast("B"))
+    parts = {"_scale": scales, "_zero_point": weight.zero_points, "_permutation": weight.permutation}
+    return [
+        _Piece(np.ascontiguousarray(weight.data), source.nbytes, initializers[name]),
+        *(
+            _Piece(np.ascontiguousarray(values), 0, initializers[name + suffix])
+            for suffix, values in parts.items()
+            if values is not None
+        ),
+    ]
 
 
-def write_embedding_table(path: Path, source: TensorSource, dtype: np.dtype, progress: Progress) -> SharedTable:
-    """Write the token-embedding table as a ``.npy`` file, which NumPy can map."""
-    with path.open("wb") as file:
-        header = {"descr": dtype.str, "fortran_order": False, "shape": source.shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        offset = file.tell()
-        write_tensor(file, source, dtype, progress)
-    return SharedTable(path, offset)
+def write_embedding_table(
+    path: Path, source: TensorSource, dtype: np.dtype, progress: Progress
+) -> tuple[SharedTable, FileEntry]:
+    """Write the token-embedding table as a ``.npy`` file, which NumPy can map.
+
+    Returns:
+        Where its values are, and the file for the manifest.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite, or is outside the range of ``dtype``.
+    """
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": source.shape})
+    with hashed_file(path) as file:
+        file.write(header.getvalue())
+        _write(file, _float_jobs(source, dtype, None), progress)
+    return SharedTable(path, header.tell()), file.entry
