@@ -8,6 +8,9 @@ import json
 import os
 import platform
 import re
+import resource
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,38 @@ def peak_memory() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status: has no VmHWM; this benchmark needs Linux")
+
+
+Figures = dict[str, Any]
+"""Of a process: ``anonymous``, ``mapped`` and ``resident`` (peaks, bytes), ``seconds``, ``cpu_seconds``, ``output``."""
+
+
+def measured_process(command: list[str], interval: float) -> Figures:
+    """Run a command to its end, and look at its memory every ``interval`` seconds."""
+    highest = {"RssAnon": 0, "RssFile": 0, "VmHWM": 0}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        for line in status.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key in highest:
+                highest[key] = max(highest[key], int(value.split()[0]) * 1024)
+        time.sleep(interval)
+    seconds = time.perf_counter() - began
+    output = process.communicate()[0]
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{output}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "anonymous": highest["RssAnon"],
+        "mapped": highest["RssFile"],
+        "resident": highest["VmHWM"],
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2),
+        "output": output,
+    }
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
