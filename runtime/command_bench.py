@@ -74,11 +74,15 @@ bench_options = options_as_one(
     backend_option,
     threads_option,
     max_len_option,
-    click.option("--prompt-tokens", type=int, help="Of the prompt whose first token is timed; a picture and 40."),
-    click.option("--contexts", callback=_numbers, metavar="N,N,...", help="Decode behind so many; 64,512,2000."),
-    click.option("--batches", callback=_numbers, metavar="N,N,...", help="Rows at once; 1,2,4,8."),
-    click.option("--new-tokens", type=int, help="Of each answer; 64."),
-    click.option("--rounds", type=int, help="Times that everything takes its turn; 3."),
+    click.option(
+        "--prompt-tokens", type=int, help="Of the prompt whose first token is timed; by default a picture and 40."
+    ),
+    click.option(
+        "--contexts", callback=_numbers, metavar="N,N,...", help="Tokens to decode behind; 64,512,2000 by default."
+    ),
+    click.option("--batches", callback=_numbers, metavar="N,N,...", help="Rows at once; 1,2,4,8 by default."),
+    click.option("--new-tokens", type=int, help="Of each answer; 64 by default."),
+    click.option("--rounds", type=int, help="Times that everything takes its turn; 3 by default."),
     click.option("--quick", is_flag=True, help="A look: one round, shorter answers, fewer contexts and batches."),
     click.option("--json", type=PATH, metavar="FILE", help="Write everything there; - for standard output alone."),
     click.option("--plot", type=PATH, metavar="FILE", help="Draw it: .png or .svg. Needs the extra [bench]."),
