@@ -75,14 +75,14 @@ class PromptEncoder:
         self.tokenizer = _load_tokenizer(bundle)
         self.token_texts = TokenTexts(self.tokenizer)
 
-    def embed(self, ids: np.ndarray) -> np.ndarray:
-        """int64 ids ``[n]`` to embeddings ``[n, hidden]``.
+    def embed(self, ids: np.ndarray | list[int]) -> np.ndarray:
+        """Ids, int64 ``[n]`` or a list of them, to embeddings ``[n, hidden]``.
 
         Raises:
             PromptError: an id outside the vocabulary.
         """
         vocab = len(self._table)
-        tokens = ids.tolist()
+        tokens = ids if isinstance(ids, list) else ids.tolist()
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocab:
             wrong = next(token for token in tokens if not 0 <= token < vocab)
             raise PromptError(

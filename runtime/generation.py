@@ -88,14 +88,14 @@ class Generation:
     def steps(
         self,
         prompts: NewTokens,
-        embed: Callable[[np.ndarray], np.ndarray],
+        embed: Callable[[list[int]], np.ndarray],
         on_written: Callable[[int], None],
     ) -> Iterator[None]:
         """Yield after every token that was chosen for the rows still running.
 
         Args:
             prompts: what the cache does not hold of them yet.
-            embed: int64 ids ``[batch]`` to embeddings ``[batch, hidden]``.
+            embed: a token id a row to embeddings ``[batch, hidden]``.
             on_written: called with the first row's token after each decode step that wrote it into the cache.
         """
         began = time.perf_counter()
@@ -113,14 +113,14 @@ class Generation:
                 if row.finish_reason is None:
                     row.length += 1
             logits = self._decoder.step(embed(chosen)[:, None], write, last_index)
-            on_written(chosen.item(0))
+            on_written(chosen[0])
             chosen = self._choose(logits)
             self.decode_seconds += time.perf_counter() - began
             yield
 
-    def _choose(self, logits: np.ndarray) -> np.ndarray:
+    def _choose(self, logits: np.ndarray) -> list[int]:
         chosen = self._sampler.choose(logits)
-        for row, token in zip(self.rows, chosen.tolist(), strict=True):
+        for row, token in zip(self.rows, chosen, strict=True):
             if row.finish_reason is None:
                 row.accept(token, self._limits, self._decoder.max_len)
         return chosen
@@ -153,7 +153,7 @@ def logits_along(
     decoder: DecoderSession,
     prompts: NewTokens,
     answers: Sequence[Sequence[int]],
-    embed: Callable[[np.ndarray], np.ndarray],
+    embed: Callable[[list[int]], np.ndarray],
 ) -> Iterator[np.ndarray]:
     """Read answers that are given, and yield the logits after each of their prefixes (teacher forcing).
 
@@ -161,7 +161,7 @@ def logits_along(
         decoder: as for :func:`prefill`, also ``prompts``.
         prompts: see there.
         answers: token ids for each row.
-        embed: int64 ids ``[batch]`` to embeddings ``[batch, hidden]``.
+        embed: a token id a row to embeddings ``[batch, hidden]``.
 
     Yields:
         float32 ``[batch, vocab]``, valid until the next: after the prompts, then after one more token of each answer,
@@ -181,5 +181,5 @@ def logits_along(
     for count in range(1, max(map(len, answers))):
         # A row whose answer has no more writes its last token again, to the same slot.
         last = np.array([min(count, len(answer)) - 1 for answer in answers])
-        tokens = np.array([answer[at] for answer, at in zip(answers, last.tolist(), strict=True)])
+        tokens = [answer[at] for answer, at in zip(answers, last.tolist(), strict=True)]
         yield decoder.step(embed(tokens)[:, None], lengths + last, last_index)

@@ -97,7 +97,7 @@ def test_seeds_repeat_and_differ():
 
     def draws(seed):
         sampler = Sampler(SamplingOptions(temperature=1.0, seed=seed), [[]])
-        return [int(sampler.choose(logits)[0]) for _ in range(8)]
+        return [sampler.choose(logits)[0] for _ in range(8)]
 
     assert draws(5) == draws(5)
     assert draws(5) != draws(6)
@@ -108,9 +108,7 @@ def test_greedy_is_argmax_and_the_lowest_of_equals():
     rng = np.random.default_rng(0)
     logits = rng.integers(0, 4, (6, 40)).astype(np.float32)
     logits.setflags(write=False)
-    chosen = Sampler(GREEDY, [[]] * 6).choose(logits)
-    assert chosen.dtype == np.int64
-    assert chosen.tolist() == logits.argmax(1).tolist()
+    assert Sampler(GREEDY, [[]] * 6).choose(logits) == logits.argmax(1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +119,7 @@ def test_the_penalty_counts_each_token_once_in_greedy_too(history, columns, chos
     logits = np.array([[2.0, 1.5, -1.0, -1.1]], np.float32)
     kept = logits.copy()
     sampler = Sampler(SamplingOptions(repetition_penalty=1.5), [history])
-    assert sampler.choose(logits[:, columns]).tolist() == [chosen]
+    assert sampler.choose(logits[:, columns]) == [chosen]
     np.testing.assert_array_equal(logits, kept)
 
 
@@ -131,7 +129,7 @@ def test_the_penalty_is_on_what_was_chosen_too():
     history = [5]
     for _ in range(500):
         scores = penalised(logits[0], history, SamplingOptions(repetition_penalty=1e3))
-        assert sampler.choose(logits).tolist() == [scores.argmax()]
+        assert sampler.choose(logits) == [scores.argmax()]
         history.append(int(scores.argmax()))
     assert len(set(history)) == len(history)
 
@@ -140,7 +138,7 @@ def test_infinitely_unlikely_tokens_are_never_drawn():
     logits = np.full((1, 9), -np.inf, np.float32)
     logits[0, 4] = -50.0
     for options in (GREEDY, SamplingOptions(temperature=2.0, seed=0), SamplingOptions(1.0, 3, 0.5, 1.1, 0)):
-        assert Sampler(options, [[4]]).choose(logits).tolist() == [4]
+        assert Sampler(options, [[4]]).choose(logits) == [4]
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1e9])
@@ -149,7 +147,7 @@ def test_extreme_temperatures(temperature):
     _, probabilities = distribution(logits[0], SamplingOptions(temperature=temperature))
     assert probabilities.sum() == pytest.approx(1)
     if temperature < 1:
-        assert Sampler(SamplingOptions(temperature=temperature), [[]]).choose(logits).tolist() == [1]
+        assert Sampler(SamplingOptions(temperature=temperature), [[]]).choose(logits) == [1]
 
 
 @pytest.mark.parametrize("options", [GREEDY, SamplingOptions(temperature=1.0, top_k=2, seed=0)])
