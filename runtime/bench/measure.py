@@ -87,11 +87,11 @@ class Bench:
         # A GPU's steps are captured for each bucket of slots; on the CPU a step is like the next.
         tokens = _FEW if self._loaded.backend == "onnxruntime" else self._turns.new_tokens
         watch.phase("one prompt")
-        self.first_token()
-        self._on_turn()
         for context in reversed(self._turns.contexts):
             self._loaded.llava.generate([self._prompts.text(context)], max_new_tokens=tokens)
             self._on_turn()
+        self.first_token()
+        self._on_turn()
         shortest = [self._prompts.text(self._turns.contexts[0])]
         can = []
         for batch in self._batches:
@@ -117,11 +117,12 @@ class Bench:
         found = Measured([], {context: [] for context in contexts}, {batch: [] for batch in self._batches}, [])
         for _ in range(rounds):
             found.bandwidth.extend(read())
-            found.first.append(self.first_token())
-            self._on_turn()
             for context in reversed(contexts):  # what the cache holds of the longer serves the shorter
                 found.decode[context].append(self.decode(context, 1))
                 self._on_turn()
+            # Not right after a batch: the cache of one row would have to be made anew first.
+            found.first.append(self.first_token())
+            self._on_turn()
             for batch in self._batches:
                 found.batches[batch].append(self.decode(contexts[0], batch))
                 self._on_turn()
