@@ -20,19 +20,28 @@ _BUILD = 225 * _MB
 _INT4_LAYER = 14 * _MB
 """What compiling an int4 layer's kernels leaves until the build is over; of layers of floats nothing was seen."""
 
-_COPIES = 1.42
-"""How often a graph of floats has its weights at the peak, in anonymous memory; the file that they come from is mapped.
+_COPIES = 1.67
+"""How often a decoder's layers of floats have their weights at the peak, in anonymous memory; the file that they come
+from is mapped.
 
 This and the next ones with what is freed given back to the system: see ``engines/tensorrt/heap.py``.
 """
+
+_TOWER_COPIES = 1.2
+"""Likewise of the tower."""
 
 _QUANTIZED_COPIES = 2.0
 """Of quantised matrices, whose zero points are of four bytes each then."""
 
 _FLOATS_BESIDE = 0.7
-"""Of the floats of a graph whose layers are quantised: mostly the output layer, once the layers are done."""
+"""Of a decoder's floats that are in no layer, and of all where its layers are quantised: mostly the output layer, once
+the layers are done."""
 
 _ZERO_POINT = 4  # bytes, of a float32
+
+_BESIDE = 0.15
+"""Of quantised matrices whose zero points are lowered, and which are mapped from a file of their own therefore: pages
+of the bundle's file are mapped still, those beside scales."""
 
 _LIBRARIES = Part("process", "mapped", 116 * _MB)
 _RUN = Part("process", "host", 400 * _MB)
@@ -54,16 +63,19 @@ def tensorrt_build_memory(
     weights and the largest activations, but no cache. TensorRT for RTX needs no GPU. What is mapped is the largest
     graph's weights.
     """
-    graphs, held = [engine_bytes(model.vision_weights)], [(_held_in_build(model.vision_weights, 0), 0)]
+    graphs, held = [engine_bytes(model.vision_weights)], [(int(_TOWER_COPIES * model.vision_weights.nbytes), 0)]
+    mapped = [*graphs]
     for layers in layer_ranges(parts):
         part, tied = part_weights(model, layers), _tied(model) if layers.stop == model.decoder.layers else 0
+        is_rewritten = any(tensor.name.endswith("_zero_point") for tensor in part.tensors)
         graphs.append(engine_bytes(part) + tied)
+        mapped.append(graphs[-1] + (int(_BESIDE * part.quantized_bytes) if is_rewritten else 0))
         held.append((_held_in_build(part, tied), _INT4_LAYER * len(layers) if part.quantized else 0))
     weights, kernels = max(held, key=sum)
     host = (
         Part("weights", "host", weights),
         Part("process", "host", _BUILD + kernels),
-        Part("weights", "mapped", max(graphs)),
+        Part("weights", "mapped", max(mapped)),
         _LIBRARIES,
     )
     if backend == "tensorrt-rtx":
@@ -82,7 +94,7 @@ def tensorrt_run_memory(model: PlannedModel, sizes: Sizes, cache: CacheForm, par
     weights = engine_bytes(model.vision_weights) + engine_bytes(model.decoder_weights) + _tied(model)
     inputs = _step_inputs(model, sizes)
     hidden = min(2, len(parts) - 1) * sizes.max_batch * sizes.max_seq * model.decoder.hidden_size * model.itemsize
-    parts = (
+    taken = (
         Part("weights", "device", weights),
         Part("KV cache", "device", _cache(model, sizes, cache)),
         Part("activations", "device", _activations(model, sizes, cache) + inputs + hidden),
@@ -93,7 +105,7 @@ def tensorrt_run_memory(model: PlannedModel, sizes: Sizes, cache: CacheForm, par
         Part("activations", "host", inputs),  # pinned, of the same layout
         Part("weights", "mapped", model.embedding_bytes),
     )
-    return Memory(parts)
+    return Memory(taken)
 
 
 def engine_bytes(weights: GraphWeights) -> int:
@@ -106,7 +118,8 @@ def engine_bytes(weights: GraphWeights) -> int:
 
 def _held_in_build(weights: GraphWeights, tied: int) -> int:
     if not weights.quantized:
-        return int(_COPIES * (weights.nbytes + tied))
+        layers = sum(t.nbytes for t in weights.tensors if t.name.startswith("language_model.layers."))
+        return int(_COPIES * layers + _FLOATS_BESIDE * (weights.nbytes - layers + tied))
     zero_points = [t for t in weights.tensors if t.name.endswith("_zero_point")]
     quantized = weights.quantized_bytes + sum(_ZERO_POINT * t.values - t.nbytes for t in zero_points)
     return int(_QUANTIZED_COPIES * quantized + _FLOATS_BESIDE * (weights.nbytes - weights.quantized_bytes + tied))

@@ -7,6 +7,7 @@ has in memory is what TensorRT needs for the largest of them.
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -161,6 +162,7 @@ def _build_graph(build: _Build, graph: EngineGraph, staging: Path) -> str:
     lowered = staging / _LOWERED
     lowered.mkdir()
     path, expected = _lower(build, graph, lowered)
+    gc.collect()  # the model's values refer to each other: nothing else frees it, and the maps of the bundle's files
     build.on_progress(BuildProgress(graph.spec.name, "Parsing the graph", graph.begins, WHOLE))
     _parse_and_serialize(build, graph, path, expected, staging / graph.plan)
     trim_heap()

@@ -69,7 +69,7 @@ def test_builds_of_7b_for_tensorrt_are_within_15_percent(name: str) -> None:
     precision = measured["precision"] + ("-symmetric" if measured["form"] == "symmetric" else "")
     entry = {"model": "7b-4-layers", "layers": measured["layers"], "precision": precision}
     planned = model(entry)
-    parts = decoder_parts(planned, 1)
+    parts = tuple(measured["parts"])
     memory = build_memory(planned, "tensorrt-rtx", Sizes.of_run(measured["batch"], 1, 1), "in-place", parts)
     for kind, planned in (("RssAnon", memory.anonymous), ("RssFile", memory.mapped)):
         peak = max(part[kind]["bytes"] for part in measured["peaks"].values())
