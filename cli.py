@@ -20,7 +20,7 @@ from llava_deploy.engines.names import (
 )
 from llava_deploy.exporter.quantization.request import QuantizeRequest
 from llava_deploy.runtime.command_bench import BenchRequest, bench_options, run_bench
-from llava_deploy.runtime.command_build import TensorRtRequest, parts_option, refuse_tensorrt_options, tensorrt_options
+from llava_deploy.runtime.command_build import TensorRtRequest, refuse_tensorrt_options, tensorrt_options
 from llava_deploy.runtime.command_eval import EvalRequest, eval_options
 from llava_deploy.runtime.command_group import (
     PROGRAM,
@@ -43,6 +43,7 @@ from llava_deploy.runtime.command_options import (
     load_pictures,
     raw_option,
 )
+from llava_deploy.runtime.command_plan import PlanRequest, plan_options
 
 if TYPE_CHECKING:
     from llava_deploy.exporter.checkpoint import Checkpoint
@@ -141,25 +142,8 @@ def inspect(source: _Source, as_json: bool) -> None:
     epilog=examples("plan bundle --board orin-nano-8gb --max-len 2048", "plan llava-1.5-7b-hf --precision int4 --json")
 )
 @_source
-@click.option("--board", default="auto", show_default=True, metavar="NAME", help="A board or card; auto: this machine.")
-@click.option("--max-batch", type=int, default=1, show_default=True, help="Prompts at once.")
-@click.option("--max-len", type=int, help="Tokens of context; by default the model's positions.")
-@click.option("--max-images", type=int, help="Pictures in one run of the tower; as many as prompts.")
-@parts_option
-@click.option("--precision", type=click.Choice(get_args(Precision)), help="Of a checkpoint's bundle; fp16 by default.")
-@click.option("--group-size", type=int, help="Of int4: inputs that share a scale; 128 by default.")
-@json_option
-def plan(
-    source: _Source,
-    board: str,
-    max_batch: int,
-    max_len: int | None,
-    max_images: int | None,
-    parts: int | None,
-    precision: Precision | None,
-    group_size: int | None,
-    as_json: bool,
-) -> None:
+@plan_options
+def plan(source: _Source, request: PlanRequest) -> None:
     """Say whether a model fits a board before anything is made.
 
     Peak memory of export, build and run with every backend, by what it is for and where it lies; the largest batch and
@@ -171,7 +155,7 @@ def plan(
     from llava_deploy.engines.planner.plan import plan as make_plan
     from llava_deploy.engines.planner.plan import resolve_sizes
 
-    target = this_machine() if board == "auto" else find_board(board)
+    target = this_machine() if request.board == "auto" else find_board(request.board)
     if (source.directory / MANIFEST_NAME).is_file():
         from llava_deploy.engines.planner.model import planned_bundle
 
@@ -181,16 +165,17 @@ def plan(
         from llava_deploy.exporter.plan_source import planned_checkpoint
         from llava_deploy.exporter.quantization.prepare import require_useful
 
-        wanted: Precision = "fp16" if precision is None else precision
+        wanted: Precision = "fp16" if request.precision is None else request.precision
         checkpoint = source.open()
-        quantizing = QuantizeRequest(group_size, symmetric=False, lm_head=None, calibration=None, device=None)
+        quantizing = QuantizeRequest(request.group_size, symmetric=False, lm_head=None, calibration=None, device=None)
         require_useful(checkpoint, wanted, quantizing)
         model = planned_checkpoint(checkpoint, wanted, quantizing.options())
-    made = make_plan(model, target, resolve_sizes(model, max_batch, max_len, max_images), parts).to_dict()
+    sizes = resolve_sizes(model, request.max_batch, request.max_len, request.max_images)
+    made = make_plan(model, target, sizes, request.parts).to_dict()
     from llava_deploy.runtime import terminal
     from llava_deploy.runtime.terminal_plan import plan_tables
 
-    terminal.show(made if as_json else plan_tables(made))
+    terminal.show(made if request.as_json else plan_tables(made))
 
 
 @main.command(epilog=examples("export llava-1.5-7b-hf -o bundle --precision fp16"))
