@@ -61,12 +61,16 @@ class Ours:
 
 # The one place that says how our bundles are made. 576 inputs are no multiple of 128, the default group.
 INT4 = ("--precision", "int4", "--group-size", "32", "--lm-head", "int8")
+SMALLEST = ("--precision", "int4", "--group-size", "64", "--lm-head", "int4")
+INT8 = ("--int8", "vision", "--int8", "prefill")
 OURS = (
     Ours("ours-fp32", "llava-deploy fp32", "fp32", ("--precision", "fp32"), ()),
     Ours("ours-int4", "llava-deploy int4", "int4", INT4, ()),
-    Ours("ours-int4-tower8", "llava-deploy int4, tower in int8", "int4", INT4, ("--int8", "vision")),
-    Ours("ours-int4-prefill8", "llava-deploy int4, tower and prefill in int8", "int4", INT4,
-         ("--int8", "vision", "--int8", "prefill")),
+    Ours("ours-int4-int8", "llava-deploy int4, --int8 vision, prefill", "int4", INT4, INT8),
+    Ours("ours-int4-g64", "llava-deploy int4, groups of 64, output layer in int4, --int8 vision", "int4", SMALLEST,
+         ("--int8", "vision")),
+    Ours("ours-int4-g64-int8", "llava-deploy int4, groups of 64, output layer in int4, --int8 vision, prefill", "int4",
+         SMALLEST, INT8),
 )  # fmt: skip
 
 FP32, BF16 = (32.0, 32.0), (16.0, 16.0)
