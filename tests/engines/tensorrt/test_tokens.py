@@ -25,13 +25,13 @@ NEW_TOKENS = 12
 DIALECTS = {"in-place": ("tensorrt-rtx", None), "growing": ("tensorrt", "10.3.0.26")}
 
 
-def on_fake_gpu(bundle: Path, dialect: str, gpu: FakeGpu) -> Llava:
+def on_fake_gpu(bundle: Path, dialect: str, gpu: FakeGpu, parts: tuple[int, ...] | None = None) -> Llava:
     backend, version = DIALECTS[dialect]
     if version is None:
-        gpu.write_engine(bundle)
+        gpu.write_engine(bundle, parts=parts)
     else:
         gpu.provide(backend, version)
-        gpu.write_engine(bundle, backend=backend, version=version, cache="growing")
+        gpu.write_engine(bundle, backend=backend, version=version, cache="growing", parts=parts)
     return Llava.load(bundle, backend=backend, max_len=MAX_LEN)
 
 
@@ -55,16 +55,29 @@ def test_every_family(family: str, dialect: str, bundle_of: MakeBundle, fake_gpu
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("stored", ["fp16", "int4 symmetric", "int4 asymmetric", "int4-awq, int8 head", "int4 head"])
-def test_every_precision(stored: str, dialect: str, bundle_of: MakeBundle, fake_gpu: FakeGpu, tmp_path: Path) -> None:
-    """Of the shipped model, which is sure of its answers."""
+@pytest.mark.parametrize(
+    ("stored", "parts"),
+    [
+        *((stored, None) for stored in ("fp16", "int4 symmetric", "int4 asymmetric", "int4-awq, int8 head")),
+        *(("int4 head", None), ("fp16", (2, 2)), ("int4 asymmetric", (1, 2, 1)), ("int4-awq, int8 head", (3, 1))),
+    ],
+)
+def test_every_precision(
+    stored: str,
+    parts: tuple[int, ...] | None,
+    dialect: str,
+    bundle_of: MakeBundle,
+    fake_gpu: FakeGpu,
+    tmp_path: Path,
+) -> None:
+    """Of the shipped model, which is sure of its answers; whole and in parts."""
     bundle = shutil.copytree(bundle_of("demo", stored), tmp_path / "bundle")
     asked = [*islice(examples(Split.HELD_OUT, seed=3), 4)]
     prompts = [f"USER: <image>\n{example.question} ASSISTANT:" for example in asked]
     images = [[example.picture] for example in asked]
     level = None if stored == "fp16" else 1  # activations in float32, as in the lowered graph
     canonical = Llava.load(bundle, backend="onnxruntime", threads=1, max_len=MAX_LEN, accuracy_level=level)
-    lowered = on_fake_gpu(bundle, dialect, fake_gpu)
+    lowered = on_fake_gpu(bundle, dialect, fake_gpu, parts)
     tokens = [
         [answer.token_ids for answer in llava.generate(prompts, images, max_new_tokens=NEW_TOKENS)]
         for llava in (canonical, lowered)
