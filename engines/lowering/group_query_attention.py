@@ -236,10 +236,10 @@ def _lower(graph: ir.Graph, layer: _Layer, lengths: _Lengths, name: str) -> None
                 graph.outputs[index] = new
         old.name = f"{new.name}.canonical"
     alone = lengths.refused is None
-    new = [] if lengths.new is None else [*[None] * _BEFORE_NEW, lengths.new]
+    told = [] if lengths.new is None else [*[None] * _BEFORE_NEW, lengths.new]
     lowered = ir.node(
         "GroupQueryAttention",
-        inputs=[*layer.projections, *layer.past, lengths.last, lengths.total, *layer.tables, *new],
+        inputs=[*layer.projections, *layer.past, lengths.last, lengths.total, *layer.tables, *told],
         attributes={"num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "do_rotary": 1},
         domain=_DOMAIN,
         outputs=results if alone else [_like(value, f"{value.name}.lowered") for value in results],
