@@ -31,8 +31,8 @@ def bucket(total: int, most: int) -> int:
 class Step:
     """One shape of decode step.
 
-    Contexts of its own go with each: a captured graph belongs to the shapes that its contexts had, and one that is given
-    others would spoil it.
+    Contexts of its own go with each: a captured graph belongs to the shapes that its contexts had, and one that is
+    given others would spoil it.
     """
 
     def __init__(self, device: Device, contexts: PartContexts, arrays: Arrays, logits: Logits, batch: int) -> None:
