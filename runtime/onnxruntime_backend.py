@@ -103,6 +103,7 @@ class OnnxRuntimeDecoder:
         """
         self._ort = _import()
         self._sessions = [_open(path, options) for path in (model, int8_model) if path is not None]
+        self._wanted = frozenset(value.name for value in self._sessions[0].get_inputs())
         self._shape = shape
         self._cache_dtype = _cache_dtype(self._sessions[0])
         self.max_len = max_len
@@ -129,7 +130,7 @@ class OnnxRuntimeDecoder:
                         binding.bind_ortvalue_input(past_name(layer, part), buffer)
                         binding.bind_ortvalue_output(present_name(layer, part), buffer)
             self._logits = np.zeros((batch, shape.vocab_size), np.float32)
-            self._token_feed = TokenFeed(shape, batch, self.max_len, self._value)
+            self._token_feed = TokenFeed(shape, batch, self.max_len, self._wanted, self._value)
             for binding in self._bindings:
                 binding.bind_ortvalue_output("logits", self._value(self._logits))
         except MemoryError as error:
@@ -161,7 +162,7 @@ class OnnxRuntimeDecoder:
             self._token_feed.bind(binding, inputs_embeds, write_indices)
         else:
             self._token_feed.release()
-            feed = step_feed(inputs_embeds, write_indices, last_index, pictures)
+            feed = step_feed(inputs_embeds, write_indices, last_index, pictures, self._wanted)
             # Held until the run is over: an OrtValue does not own the array's memory, and a binding owns no OrtValue.
             values = [self._value(np.ascontiguousarray(array)) for array in feed.values()]
             for name, value in zip(feed, values, strict=True):

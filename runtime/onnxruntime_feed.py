@@ -14,6 +14,7 @@ from llava_deploy.runtime.new_tokens import with_features
 if TYPE_CHECKING:
     import onnxruntime
 
+_MASK = "attention_mask"
 _MASKS_AHEAD = 64
 
 
@@ -21,11 +22,17 @@ class TokenFeed:
     """The inputs of steps with one token a row: arrays that are bound once, and written over at every step.
 
     An ``OrtValue`` is made of an array in 2.5 µs, but in 40 to 100 behind a decode step, which leaves nothing of Python
-    in the processor's caches. The mask has a slot more at every step: its values are made many steps ahead.
+    in the processor's caches. The mask, where the graph reads one, has a slot more at every step: its values are made
+    many steps ahead.
     """
 
     def __init__(
-        self, shape: DecoderShape, batch: int, max_len: int, value: Callable[[np.ndarray], onnxruntime.OrtValue]
+        self,
+        shape: DecoderShape,
+        batch: int,
+        max_len: int,
+        wanted: frozenset[str],
+        value: Callable[[np.ndarray], onnxruntime.OrtValue],
     ) -> None:
         self._value = value
         self._max_len = max_len
@@ -35,12 +42,14 @@ class TokenFeed:
         self._mask = np.ones(batch * max_len, bool)
         self._masks: list[onnxruntime.OrtValue] = []
         self._first_total = 0
-        self._fixed = {
-            "inputs_embeds": value(self._embeds),
-            "position_ids": value(self._slots[:, None]),  # a token's position is its slot
-            "write_indices": value(self._slots),
-            "last_index": value(np.zeros(batch, np.int64)),
+        self._has_mask = _MASK in wanted
+        arrays = {
+            "inputs_embeds": self._embeds,
+            "position_ids": self._slots[:, None],  # a token's position is its slot
+            "write_indices": self._slots,
+            "last_index": np.zeros(batch, np.int64),
         }
+        self._fixed = {name: value(array) for name, array in arrays.items() if name in wanted}
         self._bound = False
 
     def takes(self, inputs_embeds: np.ndarray) -> bool:
@@ -59,11 +68,14 @@ class TokenFeed:
             self._bound = True
         self._embeds[...] = inputs_embeds
         self._slots[...] = write_indices
-        batch, total = len(self._slots), max(write_indices.tolist()) + 1
+        if not self._has_mask:
+            return
+        # A slot beyond the cache is the graph's to refuse.
+        batch, total = len(self._slots), min(max(write_indices.tolist()) + 1, self._max_len)
         if batch > 1:  # a row alone sees all the slots there are
             mask = self._mask[: batch * total].reshape(batch, total)
             np.less_equal(self._range[:total], self._slots[:, None], out=mask)
-        binding.bind_ortvalue_input("attention_mask", self._mask_value(total))
+        binding.bind_ortvalue_input(_MASK, self._mask_value(total))
 
     def _mask_value(self, total: int) -> onnxruntime.OrtValue:
         """Bool ``[batch, 1, 1, total]`` over the mask's memory."""
@@ -77,14 +89,18 @@ class TokenFeed:
 
 
 def step_feed(
-    inputs_embeds: np.ndarray, write_indices: np.ndarray, last_index: np.ndarray, pictures: Sequence[Placement]
+    inputs_embeds: np.ndarray,
+    write_indices: np.ndarray,
+    last_index: np.ndarray,
+    pictures: Sequence[Placement],
+    wanted: frozenset[str],
 ) -> dict[str, np.ndarray]:
-    """The decoder's inputs beside its cache, by name; arguments as :meth:`DecoderSession.step` has them."""
+    """The ``wanted`` ones of the decoder's inputs beside its cache; arguments as :meth:`DecoderSession.step` has them."""
     seq = inputs_embeds.shape[1]
-    return {
-        "inputs_embeds": with_features(inputs_embeds, pictures),
-        "position_ids": step_positions(write_indices, seq),
-        "write_indices": write_indices,
-        "attention_mask": step_mask(write_indices, seq),
-        "last_index": last_index,
-    }
+    feed = {"inputs_embeds": with_features(inputs_embeds, pictures), "last_index": last_index}
+    feed["write_indices"] = write_indices
+    if "position_ids" in wanted:
+        feed["position_ids"] = step_positions(write_indices, seq)
+    if _MASK in wanted:
+        feed[_MASK] = step_mask(write_indices, seq)
+    return feed

@@ -96,6 +96,8 @@ class YardstickDecoder:
             str(graph) if form == "canonical" else lower_in_memory(graph, [attention]), bundle
         )
 
+        self._wanted = frozenset(value.name for value in self._session.get_inputs())
+
     def begin(self, batch: int) -> None:
         """Have a cache for ``batch`` rows."""
         if batch == self._batch:
@@ -126,7 +128,7 @@ class YardstickDecoder:
         pictures: Sequence[Placement] = (),
     ) -> np.ndarray:
         """Run the decoder over new tokens."""
-        feed = step_feed(inputs_embeds, write_indices, last_index, pictures)
+        feed = step_feed(inputs_embeds, write_indices, last_index, pictures, self._wanted)
         values = {name: self._place.value(array) for name, array in feed.items()}
         for name, value in values.items():
             self._binding.bind_ortvalue_input(name, value)

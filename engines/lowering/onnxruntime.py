@@ -10,6 +10,7 @@ from llava_deploy.engines.lowering.fused_linears import FuseLinears
 from llava_deploy.engines.lowering.group_query_attention import Form, LowerGroupQueryAttention
 from llava_deploy.engines.lowering.int8_linears import RoundLinearsToInt8
 from llava_deploy.engines.lowering.skip_norms import FuseSkipNorms
+from llava_deploy.engines.lowering.unused_inputs import DropUnusedInputs
 from llava_deploy.engines.names import Int8Part
 
 _TOLD_OF_NEW_TOKENS = (1, 32)
@@ -23,13 +24,15 @@ def vision_passes(int8: tuple[Int8Part, ...] = ()) -> list[ir.passes.InPlacePass
 
 
 def decoder_passes(form: Form) -> list[ir.passes.InPlacePass]:
-    """For the decoder. Attention comes last: it takes in the product of queries, keys and values that was fused."""
-    return [WidenFloats(), BlockColumnScales(), FuseSkipNorms(), FuseLinears(), LowerGroupQueryAttention(form)]
+    """For the decoder. Attention comes late: it takes in the product of queries, keys and values that was fused."""
+    attention = LowerGroupQueryAttention(form)
+    return [WidenFloats(), BlockColumnScales(), FuseSkipNorms(), FuseLinears(), attention, DropUnusedInputs()]
 
 
 def int8_decoder_passes(form: Form) -> list[ir.passes.InPlacePass]:
     """For the decoder's steps of many tokens, in 8-bit integers."""
-    return [WidenFloats(), RoundLinearsToInt8(), FuseSkipNorms(), LowerGroupQueryAttention(form)]
+    attention = LowerGroupQueryAttention(form)
+    return [WidenFloats(), RoundLinearsToInt8(), FuseSkipNorms(), attention, DropUnusedInputs()]
 
 
 def attention_form(version: str) -> Form:

@@ -74,8 +74,8 @@ def run(model: Path, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     binding = session.io_binding()
     arrays = {name: array.copy() for name, array in feed.items()}  # an OrtValue does not own an array's memory
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-    for name, value in values.items():
-        binding.bind_ortvalue_input(name, value)
+    for wanted in session.get_inputs():  # an engine may want fewer than the canonical graph
+        binding.bind_ortvalue_input(wanted.name, values[wanted.name])
     names = [output.name for output in session.get_outputs()]
     for name in names:
         if name.startswith("present."):

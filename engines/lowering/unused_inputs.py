@@ -1,0 +1,21 @@
+"""Inputs that no node reads any more go: whoever runs the graph need not make them."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+
+class DropUnusedInputs(ir.passes.InPlacePass):
+    """An input without a user is none of the graph's any more.
+
+    Requires, of whoever runs it: to give a session the inputs that it asks for. Where attention is told of lengths, a
+    decoder's are without ``attention_mask`` and ``position_ids``.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite the graph."""
+        graph = model.graph
+        unused = [value for value in graph.inputs if not value.uses() and not value.is_graph_output()]
+        for value in unused:
+            graph.inputs.remove(value)
+        return ir.passes.PassResult(model, modified=bool(unused))
