@@ -95,7 +95,7 @@ def step_feed(
     pictures: Sequence[Placement],
     wanted: frozenset[str],
 ) -> dict[str, np.ndarray]:
-    """The ``wanted`` ones of the decoder's inputs beside its cache; arguments as :meth:`DecoderSession.step` has them."""
+    """The ``wanted`` inputs beside the cache; arguments as :meth:`DecoderSession.step` has them."""
     seq = inputs_embeds.shape[1]
     feed = {"inputs_embeds": with_features(inputs_embeds, pictures), "last_index": last_index}
     feed["write_indices"] = write_indices
