@@ -39,10 +39,6 @@ the layers are done."""
 
 _ZERO_POINT = 4  # bytes, of a float32
 
-_BESIDE = 0.15
-"""Of quantised matrices whose zero points are lowered, and which are mapped from a file of their own therefore: pages
-of the bundle's file are mapped still, those beside scales."""
-
 _LIBRARIES = Part("process", "mapped", 116 * _MB)
 _RUN = Part("process", "host", 400 * _MB)
 """Assumed, for Python, TensorRT's libraries and CUDA's bookkeeping."""
@@ -64,18 +60,15 @@ def tensorrt_build_memory(
     graph's weights.
     """
     graphs, held = [engine_bytes(model.vision_weights)], [(int(_TOWER_COPIES * model.vision_weights.nbytes), 0)]
-    mapped = [*graphs]
     for layers in layer_ranges(parts):
         part, tied = part_weights(model, layers), _tied(model) if layers.stop == model.decoder.layers else 0
-        is_rewritten = any(tensor.name.endswith("_zero_point") for tensor in part.tensors)
         graphs.append(engine_bytes(part) + tied)
-        mapped.append(graphs[-1] + (int(_BESIDE * part.quantized_bytes) if is_rewritten else 0))
         held.append((_held_in_build(part, tied), _INT4_LAYER * len(layers) if part.quantized else 0))
     weights, kernels = max(held, key=sum)
     host = (
         Part("weights", "host", weights),
         Part("process", "host", _BUILD + kernels),
-        Part("weights", "mapped", max(mapped)),
+        Part("weights", "mapped", max(graphs)),
         _LIBRARIES,
     )
     if backend == "tensorrt-rtx":
