@@ -255,7 +255,9 @@ def test_a_damaged_bundle_is_not_built(bundle: Path) -> None:
 
 
 def no_operator(model: ir.Model) -> None:
-    model.graph[0].op_type = "NoSuchOperator"
+    node = model.graph.outputs[0].producer()
+    assert node is not None
+    node.op_type = "NoSuchOperator"
 
 
 @pytest.mark.parametrize("graph", [VISION_GRAPH, DECODER_GRAPH])

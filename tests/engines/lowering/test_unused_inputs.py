@@ -11,10 +11,14 @@ def test_only_what_nothing_reads_goes() -> None:
         for name in ("used", "unused", "passed")
     )
     node = ir.node("Neg", [used], name="negated")
-    graph = ir.Graph([used, unused, passed], [node.outputs[0], passed], nodes=[node], opset_imports={"": 24}, name="g")
+    dead = ir.node("Shape", [unused], name="dead")
+    graph = ir.Graph(
+        [used, unused, passed], [node.outputs[0], passed], nodes=[dead, node], opset_imports={"": 24}, name="g"
+    )
     model = ir.Model(graph, ir_version=10)
     assert DropUnusedInputs()(model).modified
     assert [value.name for value in model.graph.inputs] == ["used", "passed"]
+    assert [node.op_type for node in model.graph] == ["Neg"]
     assert not DropUnusedInputs()(model).modified
 
 
