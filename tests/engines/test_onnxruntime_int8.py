@@ -113,7 +113,8 @@ def test_which_graph_takes_a_step(rounded: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(decoder, "_sessions", [Watched(few, "few"), Watched(many, "many")])
     most = INT8_FROM_TOKENS - 1
     steps: list[tuple[int, int, str]] = [
-        (1, 1, "few"), (1, most, "few"), (1, most + 1, "many"), (most, 1, "few"), (most + 1, 1, "many"), (2, 2, "few"), (4, 2, "many")
+        (1, 1, "few"), (1, most, "few"), (most, 1, "few"), (2, 2, "few"),
+        (1, most + 1, "many"), (most + 1, 1, "many"), (4, 2, "many"),
     ]  # fmt: skip
     for batch, tokens, want in steps:
         decoder.clear()
