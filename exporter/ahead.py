@@ -17,8 +17,8 @@ T = TypeVar("T")
 def in_order(jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
     """The results of jobs, in the order of the jobs, which some threads carry out ahead of whoever takes the results.
 
-    At most ``WORKERS + 1`` results are there at once. A job's error is raised in its turn; jobs behind it come to
-    nothing.
+    At most ``WORKERS + 1`` results are there at once, beside the one that was taken. A job's error is raised in its
+    turn; jobs behind it come to nothing.
     """
     torch = sys.modules.get("torch")  # jobs that need it come with it imported; an export of floats does without
     threads = 1 if torch is None else torch.get_num_threads()

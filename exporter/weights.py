@@ -24,7 +24,7 @@ from llava_deploy.exporter.quantization.weight import QuantizedSource, require_s
 if TYPE_CHECKING:
     from llava_deploy.exporter.sources.tensors import TensorSource
 
-_CHUNK = 1 << 22  # values
+_CHUNK = 1 << 21  # values
 _PAGE, _LINE = 4096, 64  # bytes
 _INLINE = 1024  # bytes
 _QUANTIZED_BITS = 8  # or fewer; the floats have more

@@ -9,11 +9,15 @@ from llava_deploy.engines.planner.memory import Memory, Part
 from llava_deploy.engines.planner.model import PlannedModel, SourceWeights
 
 _MB = 10**6
-_CHUNK = 1 << 22
-"""Values that are converted at once."""
+_CHUNK = 1 << 21
+"""Values that are converted at once; of what they become, so many are there:"""
 
-_ROWS = 128
-"""Outputs of a weight that are rounded at once, in this many copies of float32:"""
+_CHUNKS = 6.5
+_WORKERS = 2
+"""Threads that work ahead of the writer, each with a weight; as many results wait, and one is written."""
+
+_ROWS = 64
+"""Outputs of a weight that a thread rounds at once, in this many copies of float32:"""
 
 _ROUNDING_COPIES = 4.8
 _FLOATS = (91 * _MB, 32 * _MB)
@@ -55,17 +59,18 @@ def export_memory(model: PlannedModel) -> Memory:
 
 
 def _conversion(model: PlannedModel, source: SourceWeights) -> int:
-    """A chunk, and which of its values are finite; where it is converted, the one before is still there."""
-    values = min(source.largest.values, _CHUNK)
+    """Chunks that are being converted or wait to be written; values that are stored as wanted stay in the file."""
     is_converted = source.is_converted or source.largest.bits != 8 * model.itemsize
-    return values + (2 * values * model.itemsize if is_converted else 0)
+    return int(_CHUNKS * min(source.largest.values, _CHUNK) * model.itemsize) if is_converted else 0
 
 
 def _rounding(model: PlannedModel, source: SourceWeights) -> int:
-    """A whole weight in few bits, and some rows of it, ``[out_features, in_features]``, as floats."""
+    """Whole weights in few bits, such as follow each other, and of those that are being rounded some rows as floats."""
     stored = {t.name: t.nbytes for t in model.decoder_weights.quantized}
-    rows = int(_ROUNDING_COPIES * 4 * _ROWS)
-    return max((stored[t.name] + rows * t.shape[1] for t in source.rounded), default=0)
+    weights = [stored[t.name] for t in source.rounded]
+    there = max((sum(weights[at : at + _WORKERS + 2]) for at in range(len(weights))), default=0)
+    columns = max((t.shape[1] for t in source.rounded), default=0)  # of a weight [out_features, in_features]
+    return there + int(_WORKERS * _ROUNDING_COPIES * 4 * _ROWS) * columns
 
 
 def _layer_floats(model: PlannedModel) -> int:
