@@ -20,7 +20,8 @@ QUANTIZED_TOLERANCE = 0.5
 model from another one (unrelated logits are 1.4 apart), no measure of what quantisation costs, which is ``eval``'s."""
 
 INT8_TOLERANCE = 1e-1
-"""The same, for logits where ONNX Runtime rounds the activations of each product to 8 bits (accuracy level 4)."""
+"""The same, for logits and for a tower's features, where ONNX Runtime rounds the activations of each product to 8 bits:
+accuracy level 4, and what ``build --int8`` names."""
 
 
 @dataclass(frozen=True)

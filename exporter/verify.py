@@ -39,7 +39,7 @@ from llava_deploy.exporter.stages import (
 from llava_deploy.runtime import Llava
 from llava_deploy.runtime.backend import step_mask, step_positions
 from llava_deploy.runtime.backend_choice import BackendName
-from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeDecoder
+from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeDecoder, OnnxRuntimeVision
 from llava_deploy.runtime.pictures import PictureSource, load_picture
 from llava_deploy.runtime.tokenize import tokenize_prompt
 
@@ -145,13 +145,15 @@ def _stages(llava: Llava, checkpoint: Checkpoint, options: VerifyOptions) -> Ite
     yield stage("projector", "projector", found["image_features"], features, tolerance)
     (loaded,) = llava.encoder.vision.encode(pixels)
     loaded = loaded if isinstance(loaded, np.ndarray) else loaded.numpy()
-    yield stage("features of what is loaded", "projector", loaded, features[0], tolerance)
+    vision = llava.encoder.vision
+    seen = INT8_TOLERANCE if isinstance(vision, OnnxRuntimeVision) and vision.rounds else tolerance
+    yield stage("features of what is loaded", "projector", loaded, features[0], seen)
 
     ids = torch.from_numpy(tokenize_prompt(options.prompt, llava.encoder.tokenizer, manifest.chat)).to(device)
     embeds = llava.encoder.encode([options.prompt], [[image]], llava.max_len).tokens.on_host()  # [1, seq, hidden]
     spliced = reference_splice(ids[None], None, None, None, list(features), embed=model.embed, options=SpliceOptions())
     want = spliced.inputs_embeds
-    yield stage("splice", "splice", embeds, want, tolerance)
+    yield stage("splice", "splice", embeds, want, seen)
 
     if stored is not None:
         own_logits = _decoder_states(model, want)[1]
@@ -161,24 +163,27 @@ def _stages(llava: Llava, checkpoint: Checkpoint, options: VerifyOptions) -> Ite
         stored_logits = _decoder_states(model, want)[1].cpu().numpy()
         yield stage("decoder weights", "weights", stored_logits, own_logits, close)
 
-    found = all_outputs(llava.directory / DECODER_GRAPH, _prompt_feed(llava, embeds))
+    found = all_outputs(llava.directory / DECODER_GRAPH, _prompt_feed(llava, want.cpu().numpy()))
     layers, logits = _decoder_states(model, want)
     for index, state in enumerate(layers, start=1):
         name = hidden_state_name(index)
         yield stage(f"decoder {name}", "decoder", found[name], state, tolerance)
     yield stage("logits", "logits", found["logits"], logits, tolerance)
 
-    rounds = stored is not None and isinstance(llava.decoder, OnnxRuntimeDecoder)
-    yield from _answer_stages(llava, model, options, want, INT8_TOLERANCE if rounds else tolerance)
+    rounds = isinstance(llava.decoder, OnnxRuntimeDecoder) and (stored is not None or llava.decoder.rounds)
+    yield from _answer_stages(llava, model, options, want, INT8_TOLERANCE if rounds else seen)
 
 
 def _prompt_feed(llava: Llava, embeds: np.ndarray) -> dict[str, np.ndarray]:
-    """Everything that the canonical decoder takes, for a prompt ``[1, seq, hidden]`` at the start of its cache."""
+    """Everything that the canonical decoder takes, for a prompt ``[1, seq, hidden]`` at the start of its cache.
+
+    The embeddings are PyTorch's: what the loaded tower rounds is none of this graph's.
+    """
     shape, seq = llava.manifest.decoder, embeds.shape[1]
     start = np.zeros(1, np.int64)
     cache = np.zeros((1, shape.kv_heads, seq, shape.head_dim), shape.dtype)
     return {
-        "inputs_embeds": embeds,
+        "inputs_embeds": embeds.astype(shape.dtype),
         "position_ids": step_positions(start, seq),
         "write_indices": start,
         "attention_mask": step_mask(start, seq),

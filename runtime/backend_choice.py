@@ -17,7 +17,7 @@ from llava_deploy.engines.engine_manifest import (
 from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH
-from llava_deploy.engines.names import AccuracyLevel, Backend
+from llava_deploy.engines.names import AccuracyLevel, Backend, Int8Part
 from llava_deploy.engines.processor import has_int8_products
 from llava_deploy.engines.tensorrt_module import SPOKEN, TensorRtBackend
 from llava_deploy.runtime.bundle import Bundle
@@ -57,12 +57,14 @@ class Wanted:
 class OnnxRuntimeChoice:
     """The graphs to load, what they multiply quantised weights in, and a sentence on the choice for people.
 
-    ``int8_decoder`` is for steps of many tokens; ``None`` where ``decoder`` is for all of them.
+    ``int8_decoder`` is for steps of many tokens; ``None`` where ``decoder`` is for all of them. ``int8`` says what is
+    computed in 8-bit integers.
     """
 
     vision: Path
     decoder: Path
     int8_decoder: Path | None
+    int8: tuple[Int8Part, ...]
     accuracy_level: AccuracyLevel | None
     reason: str
 
@@ -145,15 +147,14 @@ def choose_onnxruntime(
     if reason is not None:
         return _canonical(bundle, level, f"{name}canonical graphs: {directory.name} {reason}")
     check_files(directory, engine.files, integrity, remedy="build it again with: llava-deploy build --force")
-    many = directory / INT8_DECODER_GRAPH if "prefill" in engine.key.int8 else None
-    rounded = f", int8: {' and '.join(engine.key.int8)}" if engine.key.int8 else ""
-    return OnnxRuntimeChoice(
-        directory / VISION_GRAPH, directory / DECODER_GRAPH, many, built, f"{name}engine {directory.name}{rounded}"
-    )
+    int8 = engine.key.int8
+    many = directory / INT8_DECODER_GRAPH if "prefill" in int8 else None
+    reason = f"{name}engine {directory.name}" + (f", int8: {' and '.join(int8)}" if int8 else "")
+    return OnnxRuntimeChoice(directory / VISION_GRAPH, directory / DECODER_GRAPH, many, int8, built, reason)
 
 
 def _canonical(bundle: Bundle, level: AccuracyLevel | None, reason: str) -> OnnxRuntimeChoice:
-    return OnnxRuntimeChoice(bundle.path(VISION_GRAPH), bundle.path(DECODER_GRAPH), None, level, reason)
+    return OnnxRuntimeChoice(bundle.path(VISION_GRAPH), bundle.path(DECODER_GRAPH), None, (), level, reason)
 
 
 def _of_onnxruntime_alone(wanted: Wanted) -> str | None:

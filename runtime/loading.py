@@ -55,7 +55,7 @@ def _open_onnxruntime(bundle: Bundle, choice: OnnxRuntimeChoice, wanted: Wanted)
     shape = bundle.manifest.decoder
     slots = min(DEFAULT_MAX_LEN, shape.max_positions) if wanted.max_len is None else wanted.max_len
     options = OnnxRuntimeOptions(wanted.threads, choice.accuracy_level)
-    vision = OnnxRuntimeVision(choice.vision, bundle.manifest.vision, options)
+    vision = OnnxRuntimeVision(choice.vision, bundle.manifest.vision, options, rounds="vision" in choice.int8)
     decoder = OnnxRuntimeDecoder(choice.decoder, shape, slots, options, choice.int8_decoder)
     return Sessions(vision, decoder, "onnxruntime", choice.reason)
 

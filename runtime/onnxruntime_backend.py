@@ -50,9 +50,10 @@ def onnxruntime_version() -> str:
 
 
 class OnnxRuntimeVision:
-    """The vision graph on the CPU."""
+    """The vision graph on the CPU; ``rounds`` says that it computes in 8-bit integers."""
 
-    def __init__(self, model: Path, shape: VisionShape, options: OnnxRuntimeOptions) -> None:
+    def __init__(self, model: Path, shape: VisionShape, options: OnnxRuntimeOptions, *, rounds: bool = False) -> None:
+        self.rounds = rounds
         self._session = _open(model, options)
         self._shape = shape
         self._spec = shape.spec()
@@ -103,6 +104,8 @@ class OnnxRuntimeDecoder:
         """
         self._ort = _import()
         self._sessions = [_open(path, options) for path in (model, int8_model) if path is not None]
+        self.rounds = int8_model is not None
+        """Its long steps compute in 8-bit integers."""
         self._wanted = frozenset(value.name for value in self._sessions[0].get_inputs())
         self._shape = shape
         self._cache_dtype = _cache_dtype(self._sessions[0])

@@ -14,8 +14,12 @@ import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from llava_deploy.engines.engine_manifest import ENGINES
 from llava_deploy.engines.errors import BackendError, InputError, OptionError
 from llava_deploy.engines.manifest import MANIFEST_NAME, describe_file, read_manifest
+from llava_deploy.engines.names import Int8Part
+from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
+from llava_deploy.engines.processor import has_int8_products
 from llava_deploy.exporter.checkpoint import CheckpointOptions, open_checkpoint
 from llava_deploy.exporter.demo.scenes import Split, examples
 from llava_deploy.exporter.export import export
@@ -25,6 +29,7 @@ from llava_deploy.exporter.stages import StageResult, VerifyReport
 from llava_deploy.exporter.verify import VerifyOptions, verify, verify_loaded
 from llava_deploy.runtime import Llava
 
+needs_products = pytest.mark.skipif(not has_int8_products(), reason="no exact products of 8-bit integers here")
 EXAMPLE = next(iter(examples(Split.HELD_OUT, seed=2)))
 PROMPT = f"USER: <image>\n{EXAMPLE.question} ASSISTANT:"
 
@@ -184,6 +189,22 @@ def test_a_backend_that_computes_otherwise_than_the_graphs(
     opened = open_checkpoint(demo_checkpoint, CheckpointOptions())
     report = verify_loaded(opened, llava, VerifyOptions(PROMPT, EXAMPLE.picture, max_new_tokens=8))
     assert report.first_failure == stage
+
+
+@needs_products
+@pytest.mark.parametrize("part", ["vision", "prefill"])
+def test_an_engine_in_8_bit_integers_passes_and_a_wrong_graph_beside_it_does_not(
+    demo_checkpoint: Path, demo_bundle: Path, tmp_path: Path, part: Int8Part
+) -> None:
+    bundle = shutil.copytree(demo_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns(ENGINES))
+    build_onnxruntime(bundle, int8=[part])
+    report = run(demo_checkpoint, bundle)
+    assert f"int8: {part}" in report.backend
+    assert report.ok, report.to_dict()
+    close = {stage.name for stage in report.stages if stage.tolerance < 1e-3}
+    assert {"projector", "decoder hidden_states.1", "logits"} < close
+    assert ("features of what is loaded" in close) == (part == "prefill")
+    assert "logits of what is loaded" not in close
 
 
 def test_the_backend_is_the_one_that_was_asked_for(demo_checkpoint: Path, demo_bundle: Path) -> None:
