@@ -26,10 +26,12 @@ The exponents' mean is at most the logarithm of the vocabulary's size, 12.5. So 
 4e-6 of the whole, and the whole by as much.
 """
 
-_CANDIDATES = (256, 1)
-"""Top-p looks at tokens that hold a 256th of an even share of what may go, and hardly ever has to look at more."""
+_CANDIDATES = 256
+"""Top-p looks first at tokens that hold a 256th of what may go: all others together are hardly ever more than that."""
 
 _ROWS = 64
+"""Scores whose maximum is taken together in the search for the k greatest."""
+
 _TEMPERATURES = (1e-3, 1e3)
 """Outside, float32 has no room for the exponents."""
 
@@ -56,14 +58,15 @@ class Drawer:
             random: from 0 up to, not including, 1.
         """
         options, found = self._options, None
-        if not _limits_k(options, len(scores)) and _TEMPERATURES[0] <= options.temperature <= _TEMPERATURES[1]:
+        top_p = _limiting_p(options)
+        if _limiting_k(options, len(scores)) is None and _TEMPERATURES[0] <= options.temperature <= _TEMPERATURES[1]:
             sums = self._group_sums(scores)
-            if not _limits_p(options):
+            if top_p is None:
                 token = self._among_all(sums, random)
                 if token is not None:
                     return token
             else:
-                found = self._nucleus(scores, float(sums.sum(dtype=np.float64)))
+                found = self._nucleus(scores, float(sums.sum(dtype=np.float64)), top_p)
         ids, weights = _kept(scores, options) if found is None else found
         reached = (weights / weights.sum()).cumsum()
         at = reached.searchsorted(random * reached[-1], side="right")
@@ -90,12 +93,12 @@ class Drawer:
             return None
         return group * _GROUP + at
 
-    def _nucleus(self, scores: np.ndarray, total: float) -> tuple[np.ndarray, np.ndarray] | None:
+    def _nucleus(self, scores: np.ndarray, total: float, top_p: float) -> tuple[np.ndarray, np.ndarray] | None:
         """What :func:`_kept` gives, where only top-p takes tokens away; ``None`` where that is in doubt."""
-        spare = total * (1 - (self._options.top_p or 1.0))
+        spare = total * (1 - top_p)
         doubt = _DOUBT * total
-        for part in _CANDIDATES:
-            bound = spare / (part if part > 1 else len(scores))
+        for part in (_CANDIDATES, len(scores)):  # what holds less than an even share of what may go, goes
+            bound = spare / part
             np.greater_equal(self._weights, np.float32(bound), out=self._chosen)
             ids = np.flatnonzero(self._chosen)
             weights = _weights(scores[ids], float(scores.max()), self._options.temperature)
@@ -128,24 +131,24 @@ def distribution(scores: np.ndarray, options: SamplingOptions) -> tuple[np.ndarr
 
 def _kept(scores: np.ndarray, options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
     """Ids and weights of :func:`distribution`; 1 is the weight of the most likely token."""
-    if _limits_k(options, len(scores)):
-        ids = _top_k(scores, options.top_k or 1)
-        kept = scores[ids]
-    else:
-        ids, kept = np.arange(len(scores)), scores
+    top_k, top_p = _limiting_k(options, len(scores)), _limiting_p(options)
+    ids = np.arange(len(scores)) if top_k is None else _top_k(scores, top_k)
+    kept = scores if top_k is None else scores[ids]
     weights = _weights(kept, float(kept.max()), options.temperature)
-    if _limits_p(options):
-        chosen = _top_p(weights, options.top_p or 1.0)
+    if top_p is not None:
+        chosen = _top_p(weights, top_p)
         ids, weights = ids[chosen], weights[chosen]
     return ids, weights
 
 
-def _limits_k(options: SamplingOptions, vocab: int) -> bool:
-    return options.top_k is not None and options.top_k < vocab
+def _limiting_k(options: SamplingOptions, vocab: int) -> int | None:
+    """Top-k, where it takes tokens away."""
+    return options.top_k if options.top_k is not None and options.top_k < vocab else None
 
 
-def _limits_p(options: SamplingOptions) -> bool:
-    return options.top_p is not None and options.top_p < 1
+def _limiting_p(options: SamplingOptions) -> float | None:
+    """Top-p, likewise."""
+    return options.top_p if options.top_p is not None and options.top_p < 1 else None
 
 
 def _weights(scores: np.ndarray, greatest: float, temperature: float) -> np.ndarray:

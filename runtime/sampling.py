@@ -72,7 +72,8 @@ class Sampler:
     def __init__(self, options: SamplingOptions, seen: Sequence[Sequence[int] | np.ndarray]) -> None:
         self._options = options
         self._prompts = seen
-        self._vocab = -1
+        self._vocab: int | None = None
+        """Tokens, which the first logits tell."""
 
     def choose(self, logits: np.ndarray) -> list[int]:
         """The next token of each row.
@@ -88,10 +89,10 @@ class Sampler:
             ContractError: another number of rows than the sampler was made for, or of tokens than at first.
         """
         rows = len(self._prompts)
-        if self._vocab < 0 and logits.ndim == 2:
+        if self._vocab is None and logits.ndim == 2:
             self._prepare(logits.shape[1])
         if logits.shape != (rows, self._vocab):
-            want = f"[{rows}, {self._vocab if self._vocab >= 0 else 'vocab'}]"
+            want = f"[{rows}, {'vocab' if self._vocab is None else self._vocab}]"
             raise ContractError(f"sampler: want logits {want}, got {list(logits.shape)}")
         chosen = [int(scores.argmax()) for scores in logits]  # the first NaN, where there is one
         for row, token in enumerate(chosen):
