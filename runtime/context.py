@@ -4,49 +4,56 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from llava_deploy.engines.names import FEATURES_KEPT
 from llava_deploy.runtime.backend import ImageFeatures
 
+_SOURCES_KEPT = 4 * FEATURES_KEPT
+"""One picture may come from several, and what is kept of each is small."""
 
-class FeatureCache:
+_Key = TypeVar("_Key", bound=Hashable)
+_Value = TypeVar("_Value")
+
+
+class _Recent(Generic[_Key, _Value]):
+    """The values that were used last; the one used longest ago goes first."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._values: OrderedDict[_Key, _Value] = OrderedDict()
+
+    def get(self, key: _Key) -> _Value | None:
+        """The value, where it is known."""
+        if key in self._values:
+            self._values.move_to_end(key)
+        return self._values.get(key)
+
+    def put(self, key: _Key, value: _Value) -> None:
+        """Keep a value."""
+        self._values[key] = value
+        while len(self._values) > self._most:
+            self._values.popitem(last=False)
+
+
+class FeatureCache(_Recent[bytes, ImageFeatures]):
     """Image features ``[patches, hidden]`` by picture digest: a picture of an earlier turn is not encoded again."""
 
     def __init__(self) -> None:
-        self._features: OrderedDict[bytes, ImageFeatures] = OrderedDict()
+        super().__init__(FEATURES_KEPT)
 
-    def get(self, digest: bytes) -> ImageFeatures | None:
-        """What is known of a picture."""
-        if digest in self._features:
-            self._features.move_to_end(digest)
-        return self._features.get(digest)
-
-    def put(self, digest: bytes, features: ImageFeatures) -> None:
+    def put(self, key: bytes, value: ImageFeatures) -> None:
         """Keep a picture's features; an array as a copy, as a view would keep all that was encoded with it."""
-        self._features[digest] = features.copy() if isinstance(features, np.ndarray) else features
-        while len(self._features) > FEATURES_KEPT:
-            self._features.popitem(last=False)
+        super().put(key, value.copy() if isinstance(value, np.ndarray) else value)
 
 
-class KnownPictures:
+class KnownPictures(_Recent[Hashable, bytes]):
     """Digests by :func:`~llava_deploy.runtime.pictures.source_key`: what was decoded once is not decoded again."""
 
     def __init__(self) -> None:
-        self._digests: OrderedDict[Hashable, bytes] = OrderedDict()
-
-    def get(self, key: Hashable) -> bytes | None:
-        """Digest of the picture."""
-        if key in self._digests:
-            self._digests.move_to_end(key)
-        return self._digests.get(key)
-
-    def put(self, key: Hashable, digest: bytes) -> None:
-        """Keep a picture's digest."""
-        self._digests[key] = digest
-        while len(self._digests) > 4 * FEATURES_KEPT:
-            self._digests.popitem(last=False)
+        super().__init__(_SOURCES_KEPT)
 
 
 class CachedContext:
