@@ -11,10 +11,10 @@ from typing import TypeVar
 WORKERS = 2
 """Threads; two round more than a disk takes, and each holds the weight that it is at."""
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def in_order(jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
+def in_order(jobs: Iterator[Callable[[], _T]]) -> Iterator[_T]:
     """The results of jobs, in the order of the jobs, which some threads carry out ahead of whoever takes the results.
 
     At most ``WORKERS + 1`` results are there at once, beside the one that was taken. A job's error is raised in its
@@ -22,7 +22,7 @@ def in_order(jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
     """
     torch = sys.modules.get("torch")  # jobs that need it come with it imported; an export of floats does without
     threads = 1 if torch is None else torch.get_num_threads()
-    begun: deque[Future[T]] = deque()
+    begun: deque[Future[_T]] = deque()
     try:
         with ThreadPoolExecutor(WORKERS, "export", _take_one_thread) as pool:
             try:

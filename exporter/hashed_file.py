@@ -54,13 +54,13 @@ class HashedFile:
 
     @property
     def entry(self) -> FileEntry:
-        """The file as the manifest of its directory lists it; it is there when the file is closed."""
+        """The file as the manifest of its directory lists it; it is there when the file is whole."""
         if self._entry is None:
             raise ValueError(f"{self.path}: is still being written; this is a bug")
         return self._entry
 
-    def close(self, sha256: str) -> None:
-        """Take note of the hash of all bytes."""
+    def seal(self, sha256: str) -> None:
+        """Make the entry, of a file that is whole and its hash."""
         self._entry = FileEntry(path=self.path.name, size=self._size, sha256=sha256)
 
     def finish(self) -> None:
@@ -106,4 +106,4 @@ def hashed_file(path: Path) -> Iterator[HashedFile]:
             yield file
         finally:
             file.finish()
-        file.close(digest.result())
+        file.seal(digest.result())
