@@ -87,6 +87,13 @@ def decoder_plans(recipe: TensorRtRecipe) -> tuple[str, ...]:
     return ("decoder.plan",) if count == 1 else tuple(f"decoder-{i}-of-{count}.plan" for i in range(1, count + 1))
 
 
+def loaded_files(key: EngineKey) -> tuple[str, ...]:
+    """Names of what is loaded of an engine, which its manifest has to list."""
+    if key.tensorrt is not None:
+        return VISION_PLAN, *decoder_plans(key.tensorrt)
+    return VISION_GRAPH, DECODER_GRAPH, *([INT8_DECODER_GRAPH] if "prefill" in key.int8 else [])
+
+
 def graphs_size(manifest: Manifest) -> int:
     """Bytes of the bundle's graphs with their weights; an engine is as large."""
     return sum(entry.size for entry in manifest.files if ".onnx" in entry.path)
@@ -152,8 +159,4 @@ def is_current(directory: Path, key: EngineKey) -> bool:
         check_files(directory, engine.files, Integrity.FULL, remedy="")
     except BundleError:
         return False  # damaged: build it anew
-    if key.tensorrt is not None:
-        wanted = (VISION_PLAN, *decoder_plans(key.tensorrt))
-    else:
-        wanted = (VISION_GRAPH, DECODER_GRAPH, *([INT8_DECODER_GRAPH] if "prefill" in key.int8 else []))
-    return engine.key == key and {entry.path for entry in engine.files}.issuperset(wanted)
+    return engine.key == key and {entry.path for entry in engine.files}.issuperset(loaded_files(key))

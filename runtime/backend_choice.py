@@ -10,11 +10,12 @@ from typing import Literal, TypeAlias, get_args
 from llava_deploy.engines.engine_manifest import (
     INT8_DECODER_GRAPH,
     EngineKey,
+    loaded_files,
     read_engine_manifest,
     resolved_accuracy_level,
     source_digest,
 )
-from llava_deploy.engines.errors import BackendError, OptionError
+from llava_deploy.engines.errors import BackendError, BundleError, OptionError
 from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH
 from llava_deploy.engines.names import AccuracyLevel, Backend, Int8Part
@@ -146,7 +147,11 @@ def choose_onnxruntime(
         reason = None
     if reason is not None:
         return _canonical(bundle, level, f"{name}canonical graphs: {directory.name} {reason}")
-    check_files(directory, engine.files, integrity, remedy="build it again with: llava-deploy build --force")
+    again = "build it again with: llava-deploy build --force"
+    unlisted = sorted({*loaded_files(engine.key)} - {entry.path for entry in engine.files})
+    if unlisted:
+        raise BundleError(f"{directory}: want {', '.join(unlisted)} in its manifest, found none; {again}")
+    check_files(directory, engine.files, integrity, remedy=again)
     int8 = engine.key.int8
     many = directory / INT8_DECODER_GRAPH if "prefill" in int8 else None
     reason = f"{name}engine {directory.name}" + (f", int8: {' and '.join(int8)}" if int8 else "")

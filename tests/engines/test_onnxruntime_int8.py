@@ -16,7 +16,7 @@ import pytest
 
 from llava_deploy.engines import onnxruntime_builder
 from llava_deploy.engines.engine_manifest import ENGINE_MANIFEST, ENGINES, INT8_DECODER_GRAPH, read_engine_manifest
-from llava_deploy.engines.errors import OptionError
+from llava_deploy.engines.errors import BundleError, OptionError
 from llava_deploy.engines.integrity import Integrity
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, read_manifest
 from llava_deploy.engines.names import INT8_FROM_TOKENS
@@ -189,6 +189,18 @@ def test_a_processor_without_such_products(plain: Path, tmp_path: Path, monkeypa
     choice = choose_onnxruntime(open_bundle(bundle), onnxruntime.__version__, None, Integrity.QUICK)
     assert choice.vision == bundle / VISION_GRAPH
     assert "computes in 8-bit integers, for which this processor lacks exact products" in choice.reason
+
+
+@needs_products
+@pytest.mark.parametrize("name", [DECODER_GRAPH, INT8_DECODER_GRAPH])
+def test_a_graph_that_the_manifest_does_not_list_is_not_loaded(rounded: Path, tmp_path: Path, name: str) -> None:
+    bundle = shutil.copytree(rounded, tmp_path / "bundle")
+    path = bundle / ENGINES / NAME / ENGINE_MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != name]
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(BundleError, match=rf"want {name} in its manifest, found none; build it again"):
+        Llava.load(bundle, threads=1)
 
 
 @needs_products
