@@ -147,7 +147,10 @@ def _write(report: Report, path: Path) -> None:
     if path == STANDARD_OUTPUT:
         sys.stdout.write(report.to_json())
         return
+    from llava_deploy.runtime.bench.whole_file import whole_file
+
     try:
-        path.write_text(report.to_json(), encoding="utf-8")
+        with whole_file(path) as place:
+            place.write_text(report.to_json(), encoding="utf-8")
     except OSError as error:
         raise LlavaDeployError(f"{path}: the result cannot be written ({error.strerror}); name another file") from error

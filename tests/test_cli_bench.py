@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -160,3 +162,26 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
 
 def test_no_bundle(invoke: Invoke, error_line: ErrorLine, tmp_path: Path) -> None:
     assert "llava-deploy export" in error_line(invoke("bench", tmp_path))
+
+
+def test_an_earlier_result_outlives_a_full_disk(
+    invoke: Invoke,
+    error_line: ErrorLine,
+    demo_bundle: Path,
+    before: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = shutil.copy(before, tmp_path / "speed.json")
+    whole = Path.write_text
+
+    def half(self: Path, text: str, *args: str, **options: str) -> int:
+        whole(self, text[: len(text) // 2], *args, **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    result = invoke("bench", demo_bundle, *SMALL, "--json", path)
+    assert result.exit_code == 1
+    assert "speed.json: the result cannot be written (No space left on device)" in error_line(result)
+    assert path.read_bytes() == before.read_bytes()
+    assert [*tmp_path.iterdir()] == [path]

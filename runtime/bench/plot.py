@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_deploy.engines.errors import LlavaDeployError, OptionError
 from llava_deploy.runtime.bench.report import Decode, FirstToken, Report
+from llava_deploy.runtime.bench.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +70,8 @@ def write_plot(report: Report, path: Path) -> None:
             draw(axes)
         figure.suptitle(_title(report), fontsize=10, color=_INK)
         try:
-            figure.savefig(path, dpi=_DPI, format=path.suffix.lower()[1:], metadata=_undated(path))
+            with whole_file(path) as place:
+                figure.savefig(place, dpi=_DPI, format=path.suffix.lower()[1:], metadata=_undated(path))
         except OSError as error:
             raise LlavaDeployError(
                 f"{path}: the plot cannot be written ({error.strerror}); name another file"
