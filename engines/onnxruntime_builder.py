@@ -41,6 +41,9 @@ _DISK: dict[Precision, int] = {"fp32": 1, "fp16": 4, "int4": 2, "int4-awq": 2}
 """Room for a build, in multiples of the graphs: the engine, whose floats are of 32 bits, and one graph's weights on
 their way to it."""
 
+_DISK_INT8: dict[Precision, int] = {"fp32": 1, "fp16": 1, "int4": 3, "int4-awq": 3}
+"""Likewise more for each part in 8-bit integers, whose weights have twice the bytes of int4."""
+
 _EXTERNAL_FROM = 1024  # bytes: smaller constants stay inside the graph
 
 
@@ -93,7 +96,8 @@ def build_onnxruntime(
     output = bundle / key.directory
     if not replace and is_current(output, key):
         return output
-    require_space(bundle, graphs_size(manifest) * (_DISK[manifest.model.precision] + 2 * len(parts)))
+    precision = manifest.model.precision
+    require_space(bundle, graphs_size(manifest) * (_DISK[precision] + _DISK_INT8[precision] * len(parts)))
     graphs = _graphs(key.version, parts)
     try:
         with staged_directory(output, replace=True) as staging:

@@ -45,9 +45,10 @@ class LowerGroupQueryAttention(ir.passes.InPlacePass):
 
     Requires, of the graph: inputs named as :class:`~llava_deploy.engines.contract.DecoderShape` has them. Of whoever
     runs it, which no graph can show: ``position_ids`` are ``write_indices + j``, the mask is causal up to them, and
-    past and present are bound to the same memory. ``runtime/backend.py`` and ``runtime/onnxruntime_backend.py`` see to
-    it; the canonical graph would take any positions and mask. Between separate buffers, which are copied at every step,
-    a row's slots behind its new keys are not carried over.
+    past and present are bound to the same memory. ``runtime/onnxruntime_feed.py`` and
+    ``runtime/onnxruntime_backend.py`` see to it; the canonical graph would take any positions
+    and mask. Between separate buffers, which are copied at every step, a row's slots behind its new keys are not
+    carried over.
 
     Ensures: results as the canonical graph's but for rounding, under their names; the graph's inputs and outputs, and
     all other values, are as they were; every layer of the form below is lowered.

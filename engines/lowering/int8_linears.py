@@ -2,9 +2,9 @@
 
 A processor with dot products of 8-bit integers (VNNI on x86) multiplies four of them in the time of one float. ONNX
 Runtime's ``MatMulNBits`` rounds activations to 8 bits too, but in short blocks, each with a scale of its own to apply
-inside the product: over 197 to 233 rows it does 130 to 190 thousand million operations a second on one core, floats do
-105, and these products 290 to 350 (1.32, a Zen 4 core, minima). That is for many rows; a single one is bound by the
-bytes of the weight, of which int4 has half.
+inside the product: over 197 to 233 rows it does 120 to 164 thousand million operations a second on one core, floats do
+108, and these products 325 to 350 (1.32, a Zen 4 core, minima). That is for many rows; a single one is bound by the
+bytes of the weight, of which int4 has half. See docs/performance.md.
 
 The form is that of W8A8 with dynamic quantisation (Dettmers et al., LLM.int8(), 2022, section 2.1, "vector-wise").
 """
