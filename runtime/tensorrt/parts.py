@@ -33,7 +33,8 @@ class DecoderParts:
         if len(engines) != len(recipe.parts) or sum(recipe.parts) != shape.layers:
             raise BackendError(
                 f"{engines[0].name}: not of this model: want engines of {shape.layers} layers, found {len(engines)} "
-                f"where its manifest has parts of {', '.join(map(str, recipe.parts))} layers"
+                f"where its manifest has parts of {', '.join(map(str, recipe.parts))} layers; build it again with: "
+                "llava-deploy build --force"
             )
         self._specs = [part_spec(spec, shape, layers) for layers in layer_ranges(recipe.parts)]
         self._engines = engines
