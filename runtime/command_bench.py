@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import click
 
 from llava_deploy.engines.errors import InputError, LlavaDeployError, OptionError
+from llava_deploy.runtime.bench.options import QUESTION_TOKENS, QUICK, STANDARD, BenchOptions
 from llava_deploy.runtime.command_group import options_as_one, quiet, say
 from llava_deploy.runtime.command_options import PATH, backend_option, max_len_option, threads_option
 
 if TYPE_CHECKING:
     from llava_deploy.runtime.backend_choice import BackendName
     from llava_deploy.runtime.bench.bench import BoundOf
-    from llava_deploy.runtime.bench.options import BenchOptions
     from llava_deploy.runtime.bench.report import Report
 
 STANDARD_OUTPUT = Path("-")
@@ -45,8 +45,6 @@ class BenchRequest:
         Raises:
             OptionError: a number that cannot be.
         """
-        from llava_deploy.runtime.bench.options import QUICK, STANDARD
-
         base = QUICK if self.quick else STANDARD
         return replace(
             base,
@@ -56,6 +54,10 @@ class BenchRequest:
             new_tokens=base.new_tokens if self.new_tokens is None else self.new_tokens,
             rounds=base.rounds if self.rounds is None else self.rounds,
         )
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
 
 
 def _numbers(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -75,14 +77,24 @@ bench_options = options_as_one(
     threads_option,
     max_len_option,
     click.option(
-        "--prompt-tokens", type=int, help="Of the prompt whose first token is timed; by default a picture and 40."
+        "--prompt-tokens",
+        type=int,
+        help=f"Of the prompt whose first token is timed; by default a picture and {QUESTION_TOKENS}.",
     ),
     click.option(
-        "--contexts", callback=_numbers, metavar="N,N,...", help="Tokens to decode behind; 64,512,2000 by default."
+        "--contexts",
+        callback=_numbers,
+        metavar="N,N,...",
+        help=f"Tokens to decode behind; {_listed(STANDARD.contexts)} by default.",
     ),
-    click.option("--batches", callback=_numbers, metavar="N,N,...", help="Rows at once; 1,2,4,8 by default."),
-    click.option("--new-tokens", type=int, help="Of each answer; 64 by default."),
-    click.option("--rounds", type=int, help="Times that everything takes its turn; 3 by default."),
+    click.option(
+        "--batches",
+        callback=_numbers,
+        metavar="N,N,...",
+        help=f"Rows at once; {_listed(STANDARD.batches)} by default.",
+    ),
+    click.option("--new-tokens", type=int, help=f"Of each answer; {STANDARD.new_tokens} by default."),
+    click.option("--rounds", type=int, help=f"Times that everything takes its turn; {STANDARD.rounds} by default."),
     click.option("--quick", is_flag=True, help="A look: one round, shorter answers, fewer contexts and batches."),
     click.option("--json", type=PATH, metavar="FILE", help="Write everything there; - for standard output alone."),
     click.option("--plot", type=PATH, metavar="FILE", help="Draw it: .png or .svg. Needs the extra [bench]."),

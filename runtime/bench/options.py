@@ -51,7 +51,10 @@ class BenchOptions:
 
 
 STANDARD = BenchOptions(None, (64, 512, 2000), (1, 2, 4, 8), 64, 3)
+"""Where nobody says otherwise."""
+
 QUICK = BenchOptions(None, (64, 512), (1, 4), 16, 1)
+"""For a look."""
 
 
 @dataclass(frozen=True)
