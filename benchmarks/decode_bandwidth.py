@@ -17,13 +17,13 @@ import json
 import shutil
 import statistics
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bandwidth import MemoryBandwidth
 from drawn_checkpoint import drawn_checkpoint
 from measuring import circumstances, save
+from peers.decoder_shape import Shape
 from peers.processes import ProcessError, result, run
 
 from llava_deploy.exporter.checkpoint import open_checkpoint
@@ -48,38 +48,27 @@ CACHE_VALUE = 2  # bytes
 LIMIT_S = 3600
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A decoder's; the names are those of the GGUF writer's options, too."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    positions: int
-
-    def config(self) -> LlavaConfig:
-        """Behind the shipped tiny model's vision tower."""
-        tiny, head_dim = open_checkpoint(checkpoint_dir()).config, self.hidden // self.heads
-        decoder = dataclasses.replace(
-            tiny.decoder, hidden_size=self.hidden, intermediate_size=self.intermediate, num_hidden_layers=self.layers,
-            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads, head_dim=head_dim,
-            vocab_size=self.vocabulary, max_position_embeddings=self.positions, tie_word_embeddings=False,
-        )  # fmt: skip
-        sizes = (tiny.projector.sizes[0], *(self.hidden for _ in tiny.projector.sizes[1:]))
-        return dataclasses.replace(tiny, decoder=decoder, projector=dataclasses.replace(tiny.projector, sizes=sizes))
-
-    def cache_bytes(self, tokens: int) -> int:
-        """Keys and values of so many tokens."""
-        return 2 * self.layers * self.kv_heads * (self.hidden // self.heads) * CACHE_VALUE * tokens
-
-
 SHAPES = {
     "1.1b": Shape(22, 2048, 5632, 32, 4, 32000, POSITIONS),
     "7b": Shape(32, 4096, 11008, 32, 32, 32000, POSITIONS),
 }
+
+
+def config_of(shape: Shape) -> LlavaConfig:
+    """The decoder behind the shipped tiny model's vision tower."""
+    tiny = open_checkpoint(checkpoint_dir()).config
+    decoder = dataclasses.replace(
+        tiny.decoder, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary, max_position_embeddings=shape.positions, tie_word_embeddings=False,
+    )  # fmt: skip
+    sizes = (tiny.projector.sizes[0], *(shape.hidden for _ in tiny.projector.sizes[1:]))
+    return dataclasses.replace(tiny, decoder=decoder, projector=dataclasses.replace(tiny.projector, sizes=sizes))
+
+
+def cache_bytes(shape: Shape, tokens: int) -> int:
+    """Keys and values of so many tokens."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * CACHE_VALUE * tokens
 
 
 class Turns:
@@ -94,7 +83,7 @@ class Turns:
 
     def make(self) -> None:
         """Write both models."""
-        drawn = drawn_checkpoint(self._shape.config())
+        drawn = drawn_checkpoint(config_of(self._shape))
         export(round_to_nearest(drawn, OPTIONS), self._bundle, "int4", replace=True)
         program = Path(sys.executable).with_name("llava-deploy")
         run([program, "build", self._bundle, "--backend", "onnxruntime", *BUILD], LIMIT_S)
@@ -137,7 +126,7 @@ class Turns:
         row: dict[str, Any] = {"weight_bytes": weights}
         for context in CONTEXTS:
             rate = statistics.median(one[name]["decode_tokens_per_s"][str(context)] for one in self._rounds)
-            ideal = read * 1e9 / (weights + self._shape.cache_bytes(context + STEPS // 2))
+            ideal = read * 1e9 / (weights + cache_bytes(self._shape, context + STEPS // 2))
             row[str(context)] = {
                 "tokens_per_s": rate,
                 "ideal_tokens_per_s": round(ideal, 2),

@@ -25,11 +25,12 @@ from typing import Any
 
 import numpy as np
 from measuring import circumstances, save
+from peers.our_weights import without_end
 from PIL import Image
 
 from llava_deploy.engines.manifest import ImageRecipe
 from llava_deploy.runtime import GREEDY, Llava, SamplingOptions
-from llava_deploy.runtime.backend import DecoderSession, Placement
+from llava_deploy.runtime.bench.sessions import TimedDecoder
 from llava_deploy.runtime.pictures import take_picture
 from llava_deploy.runtime.preprocess import preprocess_batch
 
@@ -48,30 +49,6 @@ CASES: dict[str, tuple[int, SamplingOptions]] = {
 SIZES = ((640, 480), (4000, 3000))
 SETTLED = 2.2
 """Seconds after which a file that was written counts as one that stays."""
-
-
-class Clocked:
-    """A decoder's session that notes when each step was over, and how long the backend took for it."""
-
-    def __init__(self, decoder: DecoderSession) -> None:
-        self._decoder = decoder
-        self.max_len, self.max_seq = decoder.max_len, decoder.max_seq
-        self.begin, self.clear = decoder.begin, decoder.clear
-        self.run_seconds = 0.0
-        self.steps: list[tuple[float, float]] = []
-
-    def step(
-        self,
-        inputs_embeds: np.ndarray,
-        write_indices: np.ndarray,
-        last_index: np.ndarray,
-        pictures: Sequence[Placement] = (),
-    ) -> np.ndarray:
-        """Run a step, and note it."""
-        before = self._decoder.run_seconds
-        logits = self._decoder.step(inputs_embeds, write_indices, last_index, pictures)
-        self.steps.append((time.perf_counter(), self._decoder.run_seconds - before))
-        return logits
 
 
 def main() -> None:
@@ -103,13 +80,6 @@ def main() -> None:
     print(table(result))
 
 
-def without_end(llava: Llava) -> Llava:
-    """The same model, but no answer ends before its length."""
-    chat = dataclasses.replace(llava.manifest.chat, stop_token_ids=(), stop_strings=())
-    llava.manifest = dataclasses.replace(llava.manifest, chat=chat)
-    return llava
-
-
 def overhead(llava: Llava, tokens: int, turns: int) -> dict[str, dict[str, float]]:
     """Microseconds between the runs of a decode, for each case, and the run itself beside them."""
     decoder = llava.decoder
@@ -117,7 +87,7 @@ def overhead(llava: Llava, tokens: int, turns: int) -> dict[str, dict[str, float
     runs: dict[str, list[float]] = {name: [] for name in CASES}
     for turn in range(turns + 1):
         for name, (batch, sampling) in CASES.items():
-            llava.decoder = clocked = Clocked(decoder)
+            llava.decoder = timed = TimedDecoder(decoder)
             if batch == 1:
                 for _ in llava.stream(PROMPT, max_new_tokens=tokens, sampling=sampling):
                     pass
@@ -125,9 +95,9 @@ def overhead(llava: Llava, tokens: int, turns: int) -> dict[str, dict[str, float
                 prompts = [f"{PROMPT} {number}" for number in range(batch)]
                 llava.generate(prompts, max_new_tokens=tokens, sampling=sampling)
             if turn:  # the first is to warm up
-                steps = clocked.steps[-(tokens - 1) :]
-                found[name] += [1e6 * (ended - before - run) for (before, _), (ended, run) in pairwise(steps)]
-                runs[name] += [1e6 * run for _, run in steps]
+                laps = timed.laps[-(tokens - 1) :]
+                found[name] += [1e6 * (lap.ended - before.ended - lap.run) for before, lap in pairwise(laps)]
+                runs[name] += [1e6 * lap.run for lap in laps]
     llava.decoder = decoder
     return {name: {**spread(values), "run_median": middle(runs[name])} for name, values in found.items()}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from llamacpp_context import Context
+from processes import RESULT
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
         times: list[float] = []
         context.decode(tokens, given.steps + 1, lambda _, times=times: times.append(time.perf_counter()))
         rates[str(tokens)] = round(given.steps / (times[-1] - times[0]), 3)
-    print("RESULT " + json.dumps({"decode_tokens_per_s": rates, "prefill_s": prefill}), flush=True)
+    print(RESULT + json.dumps({"decode_tokens_per_s": rates, "prefill_s": prefill}), flush=True)
 
 
 if __name__ == "__main__":

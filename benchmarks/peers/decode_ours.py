@@ -8,16 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from our_weights import decoder_bytes
+from our_weights import MOST_REUSED, decoder_bytes, without_end
+from processes import RESULT
 
 from llava_deploy.runtime import Llava
-
-MOST_REUSED = 1
-"""The tokenizer begins every prompt with one token."""
 
 WORDS = "left right above below red green blue circle square near far one two three".split()
 SHORT = 64
@@ -86,10 +83,7 @@ def second_turn(llava: Llava, tokens: int) -> dict[str, Any]:
 
 def load(bundle: Path, slots: int, threads: int) -> Llava:
     """The bundle, which stops for nothing."""
-    llava = Llava.load(bundle, backend="onnxruntime", max_len=slots, threads=threads)
-    chat = replace(llava.manifest.chat, stop_token_ids=(), stop_strings=())
-    llava.manifest = replace(llava.manifest, chat=chat)
-    return llava
+    return without_end(Llava.load(bundle, backend="onnxruntime", max_len=slots, threads=threads))
 
 
 def main() -> None:
@@ -114,7 +108,7 @@ def main() -> None:
         llava.generate([text_of(llava, 8, 7)], max_new_tokens=2)
         found |= batches(llava, given.batch, given.steps)
     weights = decoder_bytes(given.bundle)
-    print("RESULT " + json.dumps({**found, "weight_bytes": weights, "backend": llava.backend}), flush=True)
+    print(RESULT + json.dumps({**found, "weight_bytes": weights, "backend": llava.backend}), flush=True)
 
 
 if __name__ == "__main__":

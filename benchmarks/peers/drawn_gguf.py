@@ -15,24 +15,13 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from decoder_shape import Shape
+from processes import RESULT
 
 BLOCK = 32
 STEP = 0.0045  # with values of -7 to 7: the deviation of a trained layer's weights
 POOL = 1 << 16
 """Blocks that are drawn; a matrix takes them over and over, from another one on each."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of the decoder."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    positions: int
 
 
 @dataclass(frozen=True)
@@ -132,7 +121,7 @@ def main() -> None:
     parser.add_argument("shape", help="fields of Shape, JSON")
     given = parser.parse_args()
     size = write(given.output, Shape(**json.loads(given.shape)))
-    print("RESULT " + json.dumps({"weight_bytes": size}))
+    print(RESULT + json.dumps({"weight_bytes": size}))
 
 
 if __name__ == "__main__":

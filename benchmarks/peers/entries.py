@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from clock import Mode
+
 Family = Literal["fp32", "bf16", "int4"]
-Mode = Literal["vlm", "text"]
 
 CHECKPOINT, TEXT, GGUF, TOWER = "smol-llava", "smol-text", "smol-q4_0.gguf", "smol-mmproj-f16.gguf"
 

@@ -12,6 +12,8 @@ from typing import Any
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 RESULT = "RESULT "
+"""What the line of a process that has measured begins with; JSON follows."""
+
 _ERROR = re.compile(r"[\w.]*(Error|Exception)\b")
 
 

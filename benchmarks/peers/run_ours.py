@@ -7,28 +7,22 @@ the timed one's, and begins with another token, so that nothing of its context i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from clock import Answer, Question, asked, measure
 
 TASK = asked(__doc__)
 
-from our_weights import decoder_bytes  # noqa: E402 - threads are set by now
+from our_weights import MOST_REUSED, decoder_bytes, without_end  # noqa: E402 - threads are set by now
 from PIL import Image  # noqa: E402
 
 from llava_deploy.runtime import Llava  # noqa: E402
-
-MOST_REUSED = 1
-"""Some tokenizers begin every prompt with one token."""
 
 SLOTS = -(-(len(TASK.timed.ids) + TASK.new_tokens) // 256) * 256  # as llama.cpp is given
 
 
 def load() -> Answer:
-    llava = Llava.load(TASK.model, backend="onnxruntime", max_len=SLOTS, threads=TASK.threads)
     # Always the full number of tokens, as with the other peers.
-    chat = replace(llava.manifest.chat, stop_token_ids=(), stop_strings=())
-    llava.manifest = replace(llava.manifest, chat=chat)
+    llava = without_end(Llava.load(TASK.model, backend="onnxruntime", max_len=SLOTS, threads=TASK.threads))
     pictures = {one.image: Image.open(one.image).convert("RGB") for one in (TASK.timed, TASK.warm_up) if one.image}
 
     def answer(question: Question, tokens: int, on_tokens: Callable[[int], None]) -> list[int]:

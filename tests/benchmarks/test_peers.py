@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,18 +26,20 @@ def result(ids: list[int], **changed: Any) -> dict[str, Any]:
 
 
 def test_the_clock_counts_what_comes_after_the_first_tokens(
-    benchmark: Benchmark, capsys: pytest.CaptureFixture[str]
+    benchmark: Benchmark, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = benchmark("clock")
     asked = clock.Asked(Path("model"), "timed", "warm-up", "text", 1, 12, {})
-    answered = []
+    answered, now = [], 0.0
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now))
 
     def answer(question: str, tokens: int, on_tokens: Callable[[int], None]) -> list[int]:
+        nonlocal now
         answered.append((question, tokens))
-        time.sleep(0.05)
+        now += 0.05
         on_tokens(2)  # two tokens make the first character
         for _ in range(tokens - 2):
-            time.sleep(0.01)
+            now += 0.01
             on_tokens(1)
         return list(range(tokens))
 
@@ -47,8 +48,8 @@ def test_the_clock_counts_what_comes_after_the_first_tokens(
     line = capsys.readouterr().out
     assert line.startswith(clock.RESULT)
     found = json.loads(line.removeprefix(clock.RESULT))
-    assert 50 <= found["ttft_ms"] < 100
-    assert 40 < found["decode_tokens_per_s"] <= 100  # 10 tokens in 100 ms, not 11
+    assert found["ttft_ms"] == 50
+    assert found["decode_tokens_per_s"] == 100  # 10 tokens in 100 ms, not 12
     assert found["peak_mb"] >= found["anonymous_mb"] > 0
     assert (found["fact"], found["ids"]) == (1, list(range(12)))
 
