@@ -5,6 +5,7 @@ The product runs ONNX Runtime on the CPU. These run the same graphs with another
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,13 +90,13 @@ class YardstickDecoder:
     def __init__(self, bundle: Path, shape: DecoderShape, max_len: int, place: Place, form: Form) -> None:
         self.max_len = max_len
         self.max_seq = min(MAX_SEQ, max_len)
+        self.run_seconds = 0.0
         self._shape, self._place, self._batch = shape, place, 0
         graph = bundle / DECODER_GRAPH
         attention = LowerGroupQueryAttention(attention_form(onnxruntime.__version__))
         self._session = place.session(
             str(graph) if form == "canonical" else lower_in_memory(graph, [attention]), bundle
         )
-
         self._wanted = frozenset(value.name for value in self._session.get_inputs())
 
     def begin(self, batch: int) -> None:
@@ -132,8 +133,10 @@ class YardstickDecoder:
         values = {name: self._place.value(array) for name, array in feed.items()}
         for name, value in values.items():
             self._binding.bind_ortvalue_input(name, value)
+        began = time.perf_counter()
         self._session.run_with_iobinding(self._binding)
         self._binding.synchronize_outputs()
+        self.run_seconds += time.perf_counter() - began
         return self._logits
 
 
