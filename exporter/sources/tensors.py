@@ -144,7 +144,13 @@ class MappedTensor(StoredTensor):
     def _values(self, dtype: np.dtype) -> np.ndarray:
         if self.nbytes == 0:  # nothing can be mapped
             return np.empty(self.shape, dtype)
-        return np.memmap(self.path, dtype, mode="r", offset=self.offset, shape=self.shape)
+        try:
+            return np.memmap(self.path, dtype, mode="r", offset=self.offset, shape=self.shape)
+        except (FileNotFoundError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.origin}: cannot be read any more ({error}): the file was changed after it had been opened; "
+                "leave it alone and start again"
+            ) from error
 
 
 @dataclass(frozen=True)

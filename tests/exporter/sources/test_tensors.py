@@ -83,3 +83,16 @@ def test_a_pickle_that_calls_torch_with_nonsense(tmp_path: Path, monkeypatch: py
     with pytest.raises(CheckpointError, match="damaged, cut short") as caught:
         open_file(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [None, 0, 100])
+def test_a_file_that_shrinks_or_goes_after_it_was_opened(tmp_path: Path, size: int | None) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(64, 64)}, path)
+    source = open_file(path)["a"]
+    if size is None:
+        path.unlink()
+    else:
+        os.truncate(path, size)
+    with pytest.raises(CheckpointError, match=r"model.safetensors \(a\): cannot be read any more .* was changed"):
+        source.read()
