@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="session")
-def gpu_check() -> Iterator[Callable[[str], ModuleType]]:
+def benchmark() -> Iterator[Callable[[str], ModuleType]]:
     """A module of ``benchmarks``, ``benchmarks/gpu_check`` or ``benchmarks/peers`` by its name."""
     with pytest.MonkeyPatch.context() as patch:
         for directory in (BENCHMARKS / "peers", BENCHMARKS, BENCHMARKS / "gpu_check"):
@@ -26,9 +26,9 @@ def gpu_check() -> Iterator[Callable[[str], ModuleType]]:
 
 
 @pytest.fixture(scope="session")
-def benchmark(gpu_check: Callable[[str], ModuleType]) -> Callable[[str], ModuleType]:
-    """The same, where it is not the GPU check's."""
-    return gpu_check
+def gpu_check(benchmark: Callable[[str], ModuleType]) -> Callable[[str], ModuleType]:
+    """The same, of the GPU check's."""
+    return benchmark
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,5 @@
+"""Which processors multiply 8-bit integers exactly."""
+
 from __future__ import annotations
 
 import platform

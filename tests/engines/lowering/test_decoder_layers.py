@@ -136,7 +136,7 @@ def test_inputs_and_outputs_are_the_contracts_and_weights_are_in_one_part(
         model = lowered(graphs.decoder, layers, form)
         spec = part_spec(spec_of(shape, form), shape, layers)
         for values, tensors in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
-            assert [described(value, form) for value in values] == [stated(tensor, form) for tensor in tensors]
+            assert [described(value) for value in values] == [stated(tensor, form) for tensor in tensors]
         assert all(value.uses() for value in model.graph.inputs)
         onnx.checker.check_model(ir.to_proto(model), full_check=True)
         names = [name for name in model.graph.initializers if name.endswith(("proj.weight", "lm_head.weight"))]
@@ -145,7 +145,7 @@ def test_inputs_and_outputs_are_the_contracts_and_weights_are_in_one_part(
     assert len({*matrices}) == len(matrices)
 
 
-def described(value: ir.Value, form: str) -> tuple[str, Any, list[str]]:
+def described(value: ir.Value) -> tuple[str, Any, list[str]]:
     return str(value.name), value.dtype, [str(dim) for dim in value.shape or ()]
 
 

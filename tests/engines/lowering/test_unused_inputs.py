@@ -1,3 +1,5 @@
+"""Inputs that no result follows from."""
+
 from __future__ import annotations
 
 import onnx_ir as ir

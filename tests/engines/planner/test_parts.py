@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_every_weight_is_in_one_part(seven_b: SevenB, precision: Precision) -> N
     parts = [part_weights(model, layers) for layers in layer_ranges(decoder_parts(model, 5))]
     names = [tensor.name for part in parts for tensor in part.tensors]
     assert sorted(names) == sorted(tensor.name for tensor in model.decoder_weights.tensors)
-    found = sum((quantized_weights(part) for part in parts), start=quantized_weights(parts[0]).__class__())
+    found = sum((quantized_weights(part) for part in parts), start=Counter[int]())
     assert found == ({4: 7 * 32} if precision == "int4" else {})
 
 
@@ -86,7 +87,7 @@ def test_a_build_takes_less_in_more_parts(seven_b: SevenB, precision: Precision,
         assert (after.device < before.device) == (backend == "tensorrt")
 
 
-def test_7b_in_halves_is_built_in_24_gib_and_in_int4_on_a_board_of_8_gb(seven_b: SevenB) -> None:
+def test_7b_is_built_in_4_gib_and_in_int4_on_a_board_of_8_gb(seven_b: SevenB) -> None:
     for precision in ("fp16", "int4"):
         model = seven_b(precision)
         peak = build_memory(model, "tensorrt-rtx", SIZES, "in-place", decoder_parts(model, None))
