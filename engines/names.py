@@ -31,10 +31,6 @@ AccuracyLevel = Literal[0, 1, 2, 3, 4]
 Where the processor has no kernel for a level it takes float32: on x86 levels 2 and 3 give the values of 1.
 """
 
-Int8Part = Literal["vision", "prefill"]
-"""What an ONNX Runtime engine may compute in 8-bit integers throughout: the vision tower, and the decoder's steps of
-many tokens at once, prompts above all."""
-
 DEFAULT_ACCURACY_LEVEL: AccuracyLevel = 4
 """Where nobody says otherwise."""
 
@@ -44,6 +40,10 @@ ACCURACY_LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
 PREFILL_TOKENS = 1024
 """Tokens of a prompt in one run of the decoder where nobody says otherwise: longer prompts are read in pieces, which
 bounds the activations."""
+
+Int8Part = Literal["vision", "prefill"]
+"""What an ONNX Runtime engine may compute in 8-bit integers throughout: the vision tower, and the decoder's steps of
+many tokens at once, prompts above all."""
 
 INT8_FROM_TOKENS = 8
 """Tokens of one step, of all rows, from which on products of 8-bit integers are faster than those of int4 weights."""
