@@ -148,10 +148,10 @@ def choose_onnxruntime(
     if reason is not None:
         return _canonical(bundle, level, f"{name}canonical graphs: {directory.name} {reason}")
     again = "build it again with: llava-deploy build --force"
+    check_files(directory, engine.files, integrity, remedy=again)
     unlisted = sorted({*loaded_files(engine.key)} - {entry.path for entry in engine.files})
     if unlisted:
         raise BundleError(f"{directory}: want {', '.join(unlisted)} in its manifest, found none; {again}")
-    check_files(directory, engine.files, integrity, remedy=again)
     int8 = engine.key.int8
     many = directory / INT8_DECODER_GRAPH if "prefill" in int8 else None
     reason = f"{name}engine {directory.name}" + (f", int8: {' and '.join(int8)}" if int8 else "")
