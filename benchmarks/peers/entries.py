@@ -39,11 +39,6 @@ class Entry:
     files: tuple[str, ...] = ()
 
     @property
-    def is_ours(self) -> bool:
-        """Of this project."""
-        return self.environment is None
-
-    @property
     def reference(self) -> str:
         """Name of the entry whose tokens it should choose."""
         return f"transformers-fp32-{self.mode}"

@@ -16,7 +16,6 @@ from llamacpp_context import BATCH, Context, require  # noqa: E402
 from PIL import Image  # noqa: E402
 
 SLOTS = -(-(len(TASK.timed.ids) + TASK.new_tokens) // 256) * 256  # llama.cpp rounds up to this, too
-TEXT_CHUNK = 0
 
 
 class Tower:
