@@ -41,6 +41,14 @@ PREFILL_TOKENS = 1024
 """Tokens of a prompt in one run of the decoder where nobody says otherwise: longer prompts are read in pieces, which
 bounds the activations."""
 
+LARGEST_PART = 1_750_000_000
+"""Bytes of weights that a part of a TensorRT decoder has at most where nobody says how many parts there are to be.
+
+A build has about twice that in the host's memory, and the full TensorRT as much again in the GPU's: so a 7B model in
+int4 is built on a board where both have 8 GB together, at all its positions. Each part more costs a build some seconds,
+and a step the launch of one more engine, so there are no more of them than that takes.
+"""
+
 Int8Part = Literal["vision", "prefill"]
 """What an ONNX Runtime engine may compute in 8-bit integers throughout: the vision tower, and the decoder's steps of
 many tokens at once, prompts above all."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from llava_deploy.engines.names import LARGEST_PART
 from llava_deploy.runtime.command_group import options_as_one, refuse_given
 from llava_deploy.runtime.command_options import PATH
 
@@ -50,7 +51,9 @@ def refuse_tensorrt_options(reason: str) -> None:
 
 
 parts_option = click.option(
-    "--parts", type=int, help="Of TensorRT: plans of the decoder, built in turn; by default few, of 1.75 GB at most."
+    "--parts",
+    type=int,
+    help=f"Of TensorRT: plans of the decoder, built in turn; by default few, of {LARGEST_PART / 1e9:.2f} GB at most.",
 )
 tensorrt_options = options_as_one(
     "tensorrt",

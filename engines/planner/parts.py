@@ -8,15 +8,8 @@ from itertools import count
 
 from llava_deploy.engines.decoder_parts import layer_ranges
 from llava_deploy.engines.errors import OptionError
+from llava_deploy.engines.names import LARGEST_PART
 from llava_deploy.engines.planner.model import GraphWeights, PlannedModel
-
-LARGEST_PART = 1_750_000_000
-"""Bytes of weights that a part has at most where nobody says how many parts there are to be.
-
-A build has about twice that in the host's memory, and the full TensorRT as much again in the GPU's: so a 7B model in
-int4 is built on a board where both have 8 GB together, at all its positions. Each part more costs a build some seconds,
-and a step the launch of one more engine, so there are no more of them than that takes.
-"""
 
 
 def decoder_parts(model: PlannedModel, wanted: int | None) -> tuple[int, ...]:
@@ -24,7 +17,8 @@ def decoder_parts(model: PlannedModel, wanted: int | None) -> tuple[int, ...]:
 
     Args:
         model: whose decoder it is.
-        wanted: parts; ``None``: as few as keep each at :data:`LARGEST_PART`, where layers are not larger themselves.
+        wanted: parts; ``None``: as few as keep each at :data:`~llava_deploy.engines.names.LARGEST_PART`, where
+                layers are not larger themselves.
 
     Raises:
         OptionError: of ``parts``: fewer than one, or more than the decoder has layers.

@@ -42,7 +42,7 @@ class TensorRtBuildOptions:
         timing_cache: file of measured kernels, read where it is there and written after the build.
         release: of TensorRT, as ``10.3``, whose dialect the graphs are lowered to; the module's.
         parts: plans that the decoder is built as, which bounds what a build takes of memory; as few as keep each to
-            :data:`~llava_deploy.engines.planner.parts.LARGEST_PART`.
+            :data:`~llava_deploy.engines.names.LARGEST_PART`.
         skip_memory_check: go on where the plan says that memory will not do.
     """
 

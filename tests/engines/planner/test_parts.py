@@ -11,12 +11,12 @@ import pytest
 
 from llava_deploy.engines.decoder_parts import layer_ranges
 from llava_deploy.engines.errors import OptionError
-from llava_deploy.engines.names import Precision
+from llava_deploy.engines.names import LARGEST_PART, Precision
 from llava_deploy.engines.planner import parts as planner
 from llava_deploy.engines.planner.boards import find_board
 from llava_deploy.engines.planner.build import build_memory
 from llava_deploy.engines.planner.model import PlannedModel, Sizes
-from llava_deploy.engines.planner.parts import LARGEST_PART, decoder_parts, part_weights, quantized_weights
+from llava_deploy.engines.planner.parts import decoder_parts, part_weights, quantized_weights
 from llava_deploy.engines.planner.plan import fits, plan, resolve_sizes
 from llava_deploy.engines.planner.run import run_memory
 
