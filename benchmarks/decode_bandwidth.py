@@ -37,11 +37,11 @@ PEERS = Path(__file__).resolve().parent / "peers"
 CONTEXTS = (64, 2000)
 STEPS = 32
 POSITIONS = 4096
-OPTIONS = QuantizeOptions(group_size=32, symmetric=True, lm_head="int8")
-"""As many bits a weight as Q4_0 has, and an output layer of 8 bits, as the GGUF file has."""
+OPTIONS = QuantizeOptions(group_size=128, symmetric=False, lm_head="int8")
+"""The form that export gives by default, with an output layer of 8 bits, as the GGUF file has."""
 
-BUILD: tuple[str, ...] = ()
-"""What ``llava-deploy build`` is given beside the backend."""
+BUILD = {"1.1b": ("--int8", "prefill"), "7b": ()}
+"""What ``llava-deploy build`` is given beside the backend: integers for the steps of eight prompts at once."""
 
 BATCH, TURN = 8, 512
 CACHE_VALUE = 2  # bytes
@@ -86,7 +86,7 @@ class Turns:
         drawn = drawn_checkpoint(config_of(self._shape))
         export(round_to_nearest(drawn, OPTIONS), self._bundle, "int4", replace=True)
         program = Path(sys.executable).with_name("llava-deploy")
-        run([program, "build", self._bundle, "--backend", "onnxruntime", *BUILD], LIMIT_S)
+        run([program, "build", self._bundle, "--backend", "onnxruntime", *BUILD[self._name]], LIMIT_S)
         shape = json.dumps(dataclasses.asdict(self._shape))
         self._peer_bytes = result([self._hf, PEERS / "drawn_gguf.py", self._gguf, shape], LIMIT_S)["weight_bytes"]
 
@@ -114,6 +114,7 @@ class Turns:
         return {
             "shape": dataclasses.asdict(self._shape),
             "int4": dataclasses.asdict(OPTIONS),
+            "build": BUILD[self._name],
             "threads": self._threads,
             "steps": STEPS,
             "read_gb_per_s": read,
