@@ -24,6 +24,8 @@ PEERS = "peers.json"
 DECODE = {"decode_bandwidth_1.1b.json": "TinyLlama-1.1B", "decode_bandwidth_7b.json": "Llama-2-7B"}
 MODES = {"vlm": "", "text": ", decoder alone"}
 
+OURS = "llava-deploy"
+
 
 def tables(results: Path) -> str:
     """All tables, of the results that are there."""
@@ -53,7 +55,7 @@ def peers_table(found: Mapping[str, Any]) -> str:
     for entry in found["entries"]:
         equal = "" if entry["equal_tokens"] is None else f"{entry['equal_tokens']} of {found['new_tokens']}"
         cells = (
-            entry["label"] + MODES[entry["mode"]],
+            entry["label"].replace(OURS, f"**{OURS}**") + MODES[entry["mode"]],
             f"{entry['ttft_ms']['median']:.0f} ms",
             f"{entry['decode_tokens_per_s']['median']:.1f} tok/s",
             f"{entry['share_of_ideal']:.0%}",
@@ -66,8 +68,14 @@ def peers_table(found: Mapping[str, Any]) -> str:
 
 def decode_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """One row a shape and context: tokens a second and the share of the limit, ours and llama.cpp's."""
+    groups = " and ".join(sorted({str(result["int4"]["group_size"]) for result in found.values()}, key=int))
+    rounds = min(len(result["rounds"]) for result in found.values())
+    what = (
+        f"Decoders with drawn weights in int4, groups of {groups}; the limit counts every weight and the visible "
+        f"cache, its values at two bytes; medians of {rounds} round{'s' if rounds > 1 else ''} or more:"
+    )
     lines = [
-        "Decoders with drawn weights in int4, groups of 32; the limit counts every weight and the visible cache:",
+        what,
         "",
         "| shape | behind | llava-deploy | of the limit | llama.cpp Q4_0 | of the limit |",
         "|---|---|---|---|---|---|",

@@ -50,7 +50,7 @@ def test_the_tables_are_written_between_the_marks(script: ModuleType, monkeypatc
     assert "old" not in lines
     assert "2030-01-02, a computer, 2 threads, 30.0 GB/s read" in lines[3]
     assert "| transformers fp32 | 612 ms | 40.0 tok/s | 72% | 1,266 MB | 3 of 3 |" in lines
-    assert "| llava-deploy int4 | 612 ms | 40.0 tok/s | 67% | 1,266 MB | 3 of 3 |" in lines
+    assert "| **llava-deploy** int4 | 612 ms | 40.0 tok/s | 67% | 1,266 MB | 3 of 3 |" in lines
 
 
 def test_another_figure_is_found(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +81,10 @@ def test_a_readme_without_the_marks_is_refused(benchmark: Benchmark, readme: str
 def test_decode_of_large_shapes_has_a_row_for_each_context(benchmark: Benchmark) -> None:
     at = {"tokens_per_s": 21.26, "ideal_tokens_per_s": 25.0, "share_of_ideal": 0.85}
     row = {"weight_bytes": 1, "64": at, "2000": {**at, "share_of_ideal": 0.5}, "batch_gain": 4.0}
-    found = benchmark("readme_table").decode_table({"7B": {"medians": {"ours": row, "llama.cpp": row}}})
+    result = {"medians": {"ours": row, "llama.cpp": row}, "int4": {"group_size": 128}, "rounds": [{}, {}]}
+    found = benchmark("readme_table").decode_table({"7B": result})
+    assert "groups of 128;" in found
+    assert "medians of 2 rounds or more:" in found
     assert found.splitlines()[-2:] == [
         "| 7B | 64 tokens | 21.3 tok/s | 85% | 21.3 tok/s | 85% |",
         "| 7B | 2,000 tokens | 21.3 tok/s | 50% | 21.3 tok/s | 50% |",
