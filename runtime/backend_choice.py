@@ -147,12 +147,13 @@ def choose_onnxruntime(
         reason = None
     if reason is not None:
         return _canonical(bundle, level, f"{name}canonical graphs: {directory.name} {reason}")
-    again = "build it again with: llava-deploy build --force"
+    int8 = engine.key.int8
+    options = "".join(f" --int8 {part}" for part in int8)
+    again = f"build it again with: llava-deploy build{options} --force"
     check_files(directory, engine.files, integrity, remedy=again)
     unlisted = sorted({*loaded_files(engine.key)} - {entry.path for entry in engine.files})
     if unlisted:
         raise BundleError(f"{directory}: want {', '.join(unlisted)} in its manifest, found none; {again}")
-    int8 = engine.key.int8
     many = directory / INT8_DECODER_GRAPH if "prefill" in int8 else None
     reason = f"{name}engine {directory.name}" + (f", int8: {' and '.join(int8)}" if int8 else "")
     return OnnxRuntimeChoice(directory / VISION_GRAPH, directory / DECODER_GRAPH, many, int8, built, reason)

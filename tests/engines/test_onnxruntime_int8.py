@@ -204,6 +204,14 @@ def test_a_graph_that_the_manifest_does_not_list_is_not_loaded(rounded: Path, tm
 
 
 @needs_products
+def test_the_command_that_mends_an_engine_makes_the_same(rounded: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(rounded, tmp_path / "bundle")
+    (bundle / ENGINES / NAME / INT8_DECODER_GRAPH).unlink()
+    with pytest.raises(BundleError, match="llava-deploy build --int8 vision --int8 prefill --force$"):
+        Llava.load(bundle)
+
+
+@needs_products
 def test_the_command(demo_bundle: Path, tmp_path: Path, invoke: Callable[..., Any]) -> None:
     bundle = shutil.copytree(demo_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns(ENGINES))
     result = invoke("build", bundle, "--int8", "vision", "--int8", "prefill")
