@@ -207,7 +207,7 @@ def test_a_graph_that_the_manifest_does_not_list_is_not_loaded(rounded: Path, tm
 def test_the_command_that_mends_an_engine_makes_the_same(rounded: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(rounded, tmp_path / "bundle")
     (bundle / ENGINES / NAME / INT8_DECODER_GRAPH).unlink()
-    with pytest.raises(BundleError, match="llava-deploy build --int8 vision --int8 prefill --force$"):
+    with pytest.raises(BundleError, match=r"llava-deploy build --int8 vision --int8 prefill --force$"):
         Llava.load(bundle)
 
 
