@@ -130,17 +130,16 @@ def _widened(model: PlannedModel, nbytes: int) -> int:
 
 
 def _prefill(model: PlannedModel, sizes: Sizes) -> int:
-    """Of the last piece of a prompt that fills the cache.
+    """Of the last piece of a prompt that fills the cache, with an engine of ONNX Runtime 1.32 or later.
 
-    Several rows with several tokens each behind a past take the canonical Attention (see ``LowerGroupQueryAttention``
-    in ``engines/lowering``), which has all scores in memory at once; GroupQueryAttention has them by blocks.
+    With an older one several rows with several tokens each behind a past take the canonical Attention (see
+    ``LowerGroupQueryAttention`` in ``engines/lowering``), which has all scores in memory at once, float32
+    ``[batch, heads, seq, total]``, beside what is counted here; GroupQueryAttention has them by blocks.
     """
     tokens = sizes.max_batch * sizes.max_seq
     form = "int4" if model.decoder_weights.quantized else "floats"
     rows = _FLOAT * tokens * (2 * model.decoder.hidden_size + 3 * model.intermediate_size)
-    is_canonical = sizes.max_batch > 1 and sizes.max_len > sizes.max_seq
-    scores = _FLOAT * tokens * (model.query_size // model.decoder.head_dim) * sizes.max_len if is_canonical else 0
-    return int(_WIDTHS[form] * rows) + scores
+    return int(_WIDTHS[form] * rows)
 
 
 def _tower(model: PlannedModel, sizes: Sizes) -> int:
