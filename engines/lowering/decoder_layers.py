@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from llava_deploy.engines.contract import HIDDEN_STATES, hidden_state_name
 from llava_deploy.engines.lowering.nodes import cache_values
+from llava_deploy.engines.lowering.unused_inputs import DropUnusedInputs
 
 _EMBEDS, _LOGITS = "inputs_embeds", "logits"
 
@@ -56,12 +57,8 @@ class TakeLayers(ir.passes.InPlacePass):
             entry = ir.Value(name=before.name, shape=embeds.shape, type=embeds.type)
             before.replace_all_uses_with(entry)
         graph.outputs[:] = results
-        needed = _makers(results)
-        graph.remove([node for node in graph if node not in needed], safe=True)
-        others = [value for value in graph.inputs if value.uses() and value is not entry]
-        graph.inputs[:] = [entry, *others]
-        for name in [name for name, value in graph.initializers.items() if not value.uses()]:
-            del graph.initializers[name]
+        graph.inputs[:] = [entry, *(value for value in graph.inputs if value is not entry)]
+        DropUnusedInputs()(model)
         return ir.passes.PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
@@ -92,15 +89,3 @@ def _is_of(value: ir.Value, layers: range) -> bool:
 def _hidden(graph: ir.Graph, count: int) -> ir.Value:
     name = hidden_state_name(count)
     return next(value for node in graph for value in node.outputs if value.name == name)
-
-
-def _makers(results: list[ir.Value]) -> set[ir.Node]:
-    """All nodes that values are computed by."""
-    found: set[ir.Node] = set()
-    waiting = [*results]
-    while waiting:
-        node = waiting.pop().producer()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting += [value for value in node.inputs if value is not None]
-    return found

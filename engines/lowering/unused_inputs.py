@@ -15,9 +15,9 @@ class DropUnusedInputs(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the graph."""
-        RemoveUnusedNodesPass()(model)
+        nodes = RemoveUnusedNodesPass()(model)
         graph = model.graph
         unused = [value for value in graph.inputs if not value.uses() and not value.is_graph_output()]
         for value in unused:
             graph.inputs.remove(value)
-        return ir.passes.PassResult(model, modified=bool(unused))
+        return ir.passes.PassResult(model, modified=nodes.modified or bool(unused))
