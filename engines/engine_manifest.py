@@ -16,8 +16,16 @@ from typing import get_args
 
 from llava_deploy.engines.errors import BundleError, OptionError
 from llava_deploy.engines.integrity import Integrity, check_files
-from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, FileEntry, Manifest, describe_file, from_plain
+from llava_deploy.engines.manifest import (
+    DECODER_GRAPH,
+    EMBEDDING_TABLE,
+    VISION_GRAPH,
+    FileEntry,
+    Manifest,
+    describe_file,
+)
 from llava_deploy.engines.names import AccuracyLevel, Backend, Int8Part
+from llava_deploy.engines.plain import from_plain
 from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 
 ENGINES = "engines"
@@ -77,7 +85,8 @@ class EngineManifest:
 
 def source_digest(manifest: Manifest) -> str:
     """Hex sha256 over :data:`LOWERING_VERSION` and the manifest's entries for everything an engine is built from."""
-    entries = sorted((f.path, f.size, f.sha256) for f in manifest.files if ".onnx" in f.path or f.path.endswith(".npy"))
+    files = (*manifest.files, *manifest.left_out)
+    entries = sorted((f.path, f.size, f.sha256) for f in files if ".onnx" in f.path or f.path == EMBEDDING_TABLE)
     return hashlib.sha256(json.dumps([LOWERING_VERSION, entries]).encode()).hexdigest()
 
 

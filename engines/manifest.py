@@ -5,22 +5,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import math
-import types
-import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 from llava_deploy.engines.contract import DecoderShape, VisionShape
 from llava_deploy.engines.errors import BundleError, ContractError
 from llava_deploy.engines.names import AccuracyLevel, Conversation, HeadPrecision, Precision, QuantizationMethod
+from llava_deploy.engines.plain import from_plain
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 VISION_GRAPH = "vision.onnx"
 DECODER_GRAPH = "decoder.onnx"
@@ -158,7 +156,12 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole of ``manifest.json``."""
+    """The whole of ``manifest.json``.
+
+    Attributes:
+        files: every file of the bundle but the manifest itself and what is below ``engines/``.
+        left_out: files that an archive was made without, the graphs; an engine still says by them what it is of.
+    """
 
     format_version: int
     model: ModelCard
@@ -170,6 +173,7 @@ class Manifest:
     quantization: QuantizationRecipe | None
     tools: dict[str, str]
     files: tuple[FileEntry, ...]
+    left_out: tuple[FileEntry, ...]
 
     def __post_init__(self) -> None:
         precision = self.model.precision
@@ -190,6 +194,11 @@ class Manifest:
         for entry in self.files:
             if entry.path == path:
                 return entry
+        if any(entry.path == path for entry in self.left_out):
+            raise BundleError(
+                f"{MANIFEST_NAME}: {path} was left out when this bundle was packed, and no engine here does "
+                "without it; pack it again with its graphs, or with an engine for this machine"
+            )
         raise BundleError(f"{MANIFEST_NAME}: no file {path!r} is listed; export the bundle again")
 
 
@@ -220,15 +229,26 @@ def read_manifest(bundle: Path) -> Manifest:
         manifest: Manifest = from_plain(Manifest, data, "manifest")
     except (TypeError, OverflowError, ContractError) as error:
         raise BundleError(f"{where}: {error}; export the bundle again") from error
+    require_paths((*manifest.files, *manifest.left_out), where=str(where))
+    return manifest
+
+
+def require_paths(files: Iterable[FileEntry], *, where: str) -> None:
+    """Refuse paths that cannot be trusted with a directory to write or read below.
+
+    Raises:
+        BundleError: a path is absolute, leaves the directory, is not written the plain way, or stands twice.
+    """
     seen: set[str] = set()
-    for entry in manifest.files:
+    for entry in files:
         path = PurePosixPath(entry.path)
         if path.is_absolute() or ".." in path.parts or "\\" in entry.path or "\0" in entry.path or not path.parts:
             raise BundleError(f"{where}: file path {entry.path!r} leaves the bundle; do not use this bundle")
         if str(path) in seen:
             raise BundleError(f"{where}: file path {entry.path!r} stands twice; export the bundle again")
+        if str(path) != entry.path or not entry.path.isprintable():
+            raise BundleError(f"{where}: want a plain relative path, found {entry.path!r}; export the bundle again")
         seen.add(str(path))
-    return manifest
 
 
 def sha256_of(path: Path) -> str:
@@ -244,54 +264,3 @@ def describe_file(root: Path, path: str) -> FileEntry:
     """The entry for ``root/path`` as it is on the disk now."""
     full = root / path
     return FileEntry(path=path, size=full.stat().st_size, sha256=sha256_of(full))
-
-
-def from_plain(want: Any, value: Any, where: str) -> Any:
-    """``value``, as :func:`json.loads` gives it, as an instance of the annotation ``want``.
-
-    Covers what the manifests use: frozen dataclasses, tuples, dicts, unions, literals and plain scalars.
-
-    Raises:
-        TypeError: it does not fit; the message names the place.
-    """
-    origin, args = typing.get_origin(want), typing.get_args(want)
-    if dataclasses.is_dataclass(want) and isinstance(want, type):
-        return _instance(want, value, where)
-    if origin is tuple and isinstance(value, list):
-        kinds = args[:1] * len(value) if args[1:] == (Ellipsis,) else args
-        if len(kinds) == len(value):
-            return tuple(from_plain(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    elif origin is dict and isinstance(value, dict):
-        return {from_plain(args[0], k, where): from_plain(args[1], v, f"{where}[{k!r}]") for k, v in value.items()}
-    elif origin in (typing.Union, types.UnionType):
-        return _one_of(want, value, where)
-    elif origin is Literal and any(type(value) is type(option) and value == option for option in args):  # True is no 1
-        return value
-    elif want is float and type(value) in (int, float):
-        if math.isfinite(number := float(value)):
-            return number
-    elif type(value) is want:
-        return value
-    raise TypeError(f"{where}: want {want}, found {value!r:.80}")
-
-
-def _one_of(want: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(want)
-    if isinstance(value, dict) and any(map(dataclasses.is_dataclass, options)):
-        # With one class among the options, its own error says which of the fields is wrong.
-        return from_plain(next(filter(dataclasses.is_dataclass, options)), value, where)
-    for option in options:
-        with contextlib.suppress(TypeError):
-            return from_plain(option, value, where)
-    raise TypeError(f"{where}: want {want}, found {value!r:.80}")
-
-
-def _instance(want: type, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise TypeError(f"{where}: want an object, found {type(value).__name__}")
-    names = [f.name for f in dataclasses.fields(want)]
-    missing, unknown = [n for n in names if n not in value], sorted(set(value) - set(names))
-    if missing or unknown:
-        raise TypeError(f"{where}: missing {missing}, unknown {unknown}")
-    hints = typing.get_type_hints(want)
-    return want(**{n: from_plain(hints[n], value[n], f"{where}.{n}") for n in names})

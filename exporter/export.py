@@ -128,6 +128,7 @@ def _write(
         splice=SpliceRecipe(checkpoint.config.tokenizer_model_max_length),
         tools={name: importlib.metadata.version(name) for name in TOOLS},
         files=tuple(sorted(files, key=lambda entry: entry.path)),
+        left_out=(),
     )
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest

@@ -24,7 +24,7 @@ FILES = [
 
 GROUND_FLOOR = (
     *("contract", "manifest", "names", "errors", "integrity", "engine_manifest", "staging", "nibbles"),
-    *("tensorrt_recipe", "tensorrt_module", "decoder_parts", "processor"),
+    *("tensorrt_recipe", "tensorrt_module", "decoder_parts", "processor", "plain", "goldens", "rewriting"),
 )
 EXPORT_ONLY = {
     "torch",
@@ -45,7 +45,7 @@ THIRD_PARTY = {
     "runtime": {"numpy", "tokenizers", "PIL", "jinja2", "click", "rich", "onnxruntime"},
     "exporter": {"numpy", "tokenizers", "PIL", "rich", "onnxruntime", *EXPORT_ONLY} - {"peft"},
 }
-RUNTIME_MAY = {f"{PACKAGE}.engines.{name}" for name in GROUND_FLOOR if name not in ("staging", "nibbles")}
+RUNTIME_MAY = {f"{PACKAGE}.engines.{name}" for name in GROUND_FLOOR if name not in ("rewriting", "nibbles")}
 ALONE_MAY = {"runtime/bench/plot.py": {"matplotlib"}}
 """Beside what its room may import, where a user asks for it."""
 

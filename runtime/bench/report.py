@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from llava_deploy.engines.errors import InputError
-from llava_deploy.engines.manifest import QuantizationRecipe, from_plain
+from llava_deploy.engines.manifest import QuantizationRecipe
 from llava_deploy.engines.names import Backend, Precision
+from llava_deploy.engines.plain import from_plain
 from llava_deploy.runtime.bench.options import BenchOptions
 
 SCHEMA_VERSION = 1

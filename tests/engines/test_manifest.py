@@ -47,6 +47,7 @@ MANIFEST = Manifest(
     quantization=QuantizationRecipe("awq", 128, False, "int8", 29, 4),
     tools={"numpy": "2.0"},
     files=(FileEntry("vision.onnx", 5, "a" * 64), FileEntry("deep/decoder.onnx", 6, "b" * 64)),
+    left_out=(),
 )
 Edit = Callable[[dict[str, Any]], object]
 
@@ -75,7 +76,7 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_equal_manifests_are_equal_bytes() -> None:
     again = dataclasses.replace(MANIFEST, tools={"numpy": "2.0"})
     assert again.to_json() == MANIFEST.to_json()
-    assert MANIFEST.to_json().startswith('{\n "format_version": 1,\n "model": {\n  "name": "tiny",')
+    assert MANIFEST.to_json().startswith('{\n "format_version": 2,\n "model": {\n  "name": "tiny",')
 
 
 def test_no_bundle_says_how_to_make_one(tmp_path: Path) -> None:
@@ -96,15 +97,15 @@ def test_not_json(tmp_path: Path, content: bytes) -> None:
     assert f"{tmp_path / MANIFEST_NAME}: not JSON (" in error_of(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_another_format_version(tmp_path: Path, version: object) -> None:
     text = error_of(edited(tmp_path, lambda m: m.update(format_version=version)))
-    assert f"want format_version 1, found {version!r}; export the bundle again with this version" in text
+    assert f"want format_version 2, found {version!r}; export the bundle again with this version" in text
 
 
 @pytest.mark.parametrize("content", ["[]", '"text"', "3", "null"])
 def test_json_of_another_kind(tmp_path: Path, content: str) -> None:
-    assert "want format_version 1, found None" in error_of(write(tmp_path, content))
+    assert "want format_version 2, found None" in error_of(write(tmp_path, content))
 
 
 @pytest.mark.parametrize(
@@ -152,9 +153,15 @@ def test_a_path_that_may_leave_the_bundle(tmp_path: Path, path: str) -> None:
     assert text == f"{tmp_path / MANIFEST_NAME}: file path {path!r} leaves the bundle; do not use this bundle"
 
 
-@pytest.mark.parametrize("path", ["deep/decoder.onnx", "deep//decoder.onnx", "./deep/decoder.onnx"])
-def test_a_path_that_stands_twice(tmp_path: Path, path: str) -> None:
-    assert "stands twice" in error_of(edited(tmp_path, lambda m: m["files"][0].update(path=path)))
+def test_a_path_that_stands_twice(tmp_path: Path) -> None:
+    assert "stands twice" in error_of(edited(tmp_path, lambda m: m["files"][0].update(path="deep/decoder.onnx")))
+    twice = edited(tmp_path, lambda m: m.update(left_out=m["files"][:1]))
+    assert "stands twice" in error_of(twice)
+
+
+@pytest.mark.parametrize("path", ["deep//decoder.onnx", "./deep/decoder.onnx", "deep/", "a\nb", "a\ud800b", "a\u202eb"])
+def test_a_path_that_is_not_plain(tmp_path: Path, path: str) -> None:
+    assert "want a plain relative path" in error_of(edited(tmp_path, lambda m: m["files"][0].update(path=path)))
 
 
 def test_entry() -> None:
@@ -217,6 +224,7 @@ def manifests(precisions: list[str], recipes: st.SearchStrategy[Any]) -> st.Sear
             max_size=3,
             unique_by=lambda entry: entry.path,
         ).map(tuple),
+        left_out=st.just(()),
     )
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from llava_deploy.engines.manifest import from_plain
 from llava_deploy.engines.names import HeadPrecision, Precision
+from llava_deploy.engines.plain import from_plain
 from llava_deploy.engines.planner.build import build_memory
 from llava_deploy.engines.planner.export import export_memory
 from llava_deploy.engines.planner.memory import Memory
