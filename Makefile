@@ -27,8 +27,9 @@ help:
 demo: $(VENV)/demo.stamp
 	$(bin)/llava-deploy demo
 
+# Two processes, a file of tests never in both; one thread in each, since they share the cores.
 test: lint types
-	$(bin)/python -m pytest
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/dev.stamp
 	$(bin)/ruff check .
