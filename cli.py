@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -14,9 +13,15 @@ from llava_deploy.engines.names import (
     DEFAULT_ACCURACY_LEVEL,
     AccuracyLevel,
     Backend,
-    HeadPrecision,
     Int8Part,
     Precision,
+)
+from llava_deploy.exporter.command_source import (
+    OF_CHECKPOINTS,
+    Source,
+    quantizing_options,
+    say_unused,
+    source_options,
 )
 from llava_deploy.exporter.quantization.request import QuantizeRequest
 from llava_deploy.runtime.command_bench import BenchRequest, bench_options, run_bench
@@ -26,7 +31,6 @@ from llava_deploy.runtime.command_group import (
     PROGRAM,
     CommandLine,
     examples,
-    options_as_one,
     quiet,
     refuse_given,
     remember,
@@ -46,57 +50,9 @@ from llava_deploy.runtime.command_options import (
 from llava_deploy.runtime.command_plan import PlanRequest, plan_options
 
 if TYPE_CHECKING:
-    from llava_deploy.exporter.checkpoint import Checkpoint
     from llava_deploy.runtime.backend_choice import BackendName
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A checkpoint and what the options say about it."""
-
-    directory: Path
-    vision_tower: Path | None
-    projector: Path | None
-    lora: Path | None
-    quantized: Path | None
-    conversation: str | None
-
-    def open(self) -> Checkpoint:
-        """Open it with its options."""
-        from llava_deploy.exporter.checkpoint import CheckpointOptions, open_checkpoint
-
-        options = CheckpointOptions(self.vision_tower, self.projector, self.lora, self.conversation, self.quantized)
-        return open_checkpoint(self.directory, options)
-
-
-def _say_unused(checkpoint: Checkpoint) -> None:
-    """Config keys that this version knows nothing of are said, not passed over."""
-    if checkpoint.unused_keys:
-        say(f"config keys that have no effect here: {', '.join(checkpoint.unused_keys)}")
-
-
-_source = options_as_one(
-    "source",
-    _Source,
-    click.argument("directory", type=PATH, metavar="CHECKPOINT"),
-    click.option("--vision-tower", type=PATH, metavar="DIR", help="Tower of an original-layout checkpoint."),
-    click.option("--projector", type=PATH, metavar="FILE", help="Projector-only file to lay over a base model."),
-    click.option("--lora", type=PATH, metavar="DIR", help="LoRA adapter in PEFT layout to merge."),
-    click.option("--quantized", type=PATH, metavar="FILE", help="TinyChat's int4 file (llm-awq) to lay over it."),
-    click.option(
-        "--conversation", metavar="NAME", help="Instead of its template: vicuna_v1, llama_2, mistral or plain."
-    ),
-)
-_OF_CHECKPOINTS = tuple(field.name for field in dataclasses.fields(_Source) if field.name != "directory")
-_quantizing = options_as_one(
-    "quantizing",
-    QuantizeRequest,
-    click.option("--group-size", type=int, help="Of int4: inputs that share a scale, 32, 64 or 128; 128 by default."),
-    click.option("--symmetric", is_flag=True, help="Of int4: no zero points."),
-    click.option("--lm-head", type=click.Choice(get_args(HeadPrecision)), help="Of int4: the output layer; or fp16."),
-    click.option("--calibration", metavar="FILE", help="Of int4-awq: JSON lines of messages; demo: drawn pictures."),
-    click.option("--device", metavar="NAME", help="Of int4-awq: where PyTorch searches, cpu or cuda."),
-)
 _accuracy_level = click.option(
     "--accuracy-level",
     type=click.Choice(get_args(AccuracyLevel)),
@@ -116,9 +72,9 @@ def main() -> None:
 
 
 @main.command(epilog=examples("inspect llava-1.5-7b-hf", "inspect bundle --json"))
-@_source
+@source_options
 @json_option
-def inspect(source: _Source, as_json: bool) -> None:
+def inspect(source: Source, as_json: bool) -> None:
     """Say what a checkpoint or a bundle is.
 
     Of a checkpoint, everything that an export would use, and what it would leave out.
@@ -127,7 +83,7 @@ def inspect(source: _Source, as_json: bool) -> None:
     from llava_deploy.runtime import terminal
 
     if (source.directory / MANIFEST_NAME).is_file():
-        refuse_given("of no effect on a bundle", *_OF_CHECKPOINTS)
+        refuse_given("of no effect on a bundle", *OF_CHECKPOINTS)
         manifest = read_manifest(source.directory)
         terminal.show(dataclasses.asdict(manifest) if as_json else terminal.bundle_facts(source.directory, manifest))
         return
@@ -141,9 +97,9 @@ def inspect(source: _Source, as_json: bool) -> None:
 @main.command(
     epilog=examples("plan bundle --board orin-nano-8gb --max-len 2048", "plan llava-1.5-7b-hf --precision int4 --json")
 )
-@_source
+@source_options
 @plan_options
-def plan(source: _Source, request: PlanRequest) -> None:
+def plan(source: Source, request: PlanRequest) -> None:
     """Say whether a model fits a board before anything is made.
 
     Peak memory of export, build and run with every backend, by what it is for and where it lies; the largest batch and
@@ -159,7 +115,7 @@ def plan(source: _Source, request: PlanRequest) -> None:
     if (source.directory / MANIFEST_NAME).is_file():
         from llava_deploy.engines.planner.model import planned_bundle
 
-        refuse_given("of no effect on a bundle", *_OF_CHECKPOINTS, "precision", "group_size")
+        refuse_given("of no effect on a bundle", *OF_CHECKPOINTS, "precision", "group_size")
         model = planned_bundle(source.directory, read_manifest(source.directory))
     else:
         from llava_deploy.exporter.plan_source import planned_checkpoint
@@ -179,14 +135,14 @@ def plan(source: _Source, request: PlanRequest) -> None:
 
 
 @main.command(epilog=examples("export llava-1.5-7b-hf -o bundle --precision fp16"))
-@_source
+@source_options
 @click.option("-o", "--output", type=PATH, required=True, metavar="BUNDLE", help="Directory to write.")
 @click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", show_default=True)
-@_quantizing
+@quantizing_options
 @_accuracy_level
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 def export(
-    source: _Source,
+    source: Source,
     output: Path,
     precision: Precision,
     quantizing: QuantizeRequest,
@@ -232,7 +188,7 @@ def export(
             say(f"{work}: left where it is, since it is a link, or somebody else uses it")
     total = terminal.size(sum(entry.size for entry in manifest.files))
     say(f"{manifest.model.parameters:,} parameters in {precision}, {total}, in {watch}")
-    _say_unused(checkpoint)
+    say_unused(checkpoint)
     say(f"next: {PROGRAM} build {output} --backend onnxruntime")
     click.echo(output)
 
@@ -406,7 +362,7 @@ def bench(bundle: Path, request: BenchRequest) -> None:
 
 
 @main.command(epilog=examples("verify llava-1.5-7b-hf bundle", "verify checkpoint bundle --image photo.jpg --json"))
-@_source
+@source_options
 @_bundle
 @click.option("--image", metavar="PICTURE", help="By default one that is drawn.")
 @click.option("--prompt", default="What is in the picture?", show_default=True, help="The question about it.")
@@ -415,7 +371,7 @@ def bench(bundle: Path, request: BenchRequest) -> None:
 @backend_option
 @json_option
 def verify(
-    source: _Source,
+    source: Source,
     bundle: Path,
     image: str | None,
     prompt: str,
@@ -449,7 +405,7 @@ def verify(
         report = compare(
             checkpoint, bundle, prompt=text, picture=picture, max_new_tokens=max_new_tokens, backend=backend
         )
-    _say_unused(checkpoint)
+    say_unused(checkpoint)
     terminal.show(report.to_dict() if as_json else stage_table(report.stages))
     if report.first_failure is not None:
         raise LlavaDeployError(f"{report.first_failure} is the first stage out of tolerance")

@@ -43,13 +43,14 @@ THIRD_PARTY = {
     "engines": {"numpy", "onnxruntime"},
     "engines/lowering": {"numpy", "onnx_ir"},
     "runtime": {"numpy", "tokenizers", "PIL", "jinja2", "click", "rich", "onnxruntime"},
-    "exporter": {"numpy", "tokenizers", "PIL", "rich", "onnxruntime", *EXPORT_ONLY} - {"peft"},
+    "exporter": {"numpy", "tokenizers", "PIL", "click", "rich", "onnxruntime", *EXPORT_ONLY} - {"peft"},
 }
 RUNTIME_MAY = {f"{PACKAGE}.engines.{name}" for name in GROUND_FLOOR if name not in ("rewriting", "nibbles")}
 ALONE_MAY = {"runtime/bench/plot.py": {"matplotlib"}}
 """Beside what its room may import, where a user asks for it."""
 
 MEETS_RUNTIME = {
+    "exporter/command_source.py": "declares options the way that every command declares them",
     "exporter/recipes/chat_recipe.py": "has the runtime's parser read the template that it will render",
     "exporter/quantization/awq/calibration.py": "makes prompts the way that the runtime makes them",
     "exporter/quantization/awq/embeddings.py": "has the runtime's splice put the pictures in",
