@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -16,6 +17,8 @@ from llava_deploy.engines.errors import LlavaDeployError
 
 _LOCK, _CONTENT, _ASIDE = "lock", "new", "old"
 _MADE = re.compile(r"[a-z0-9_]{8}")  # how tempfile.mkdtemp ends a name
+_RELATIVE_TO_HERE, _EXCHANGE = -100, 2  # of renameat2(2): AT_FDCWD, RENAME_EXCHANGE
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)  # the last from a filter of system calls
 
 
 @contextlib.contextmanager
@@ -23,9 +26,12 @@ def staged_directory(output: Path, *, replace: bool) -> Iterator[Path]:
     """Give a temporary sibling of ``output``, and rename it to ``output`` when the block ends without an error.
 
     On an error the sibling is removed. A process that is killed leaves a hidden ``.NAME.partial-*`` directory, which
-    the next call for the same ``output`` removes: its owner held a lock, which no longer exists. With ``replace``, an
-    old directory steps aside under a hidden name for the moment between two renames, and is put back should the second
-    one fail, or by the next call should the process be killed between them.
+    the next call for the same ``output`` removes: its owner held a lock, which no longer exists.
+
+    With ``replace``, an old directory and the new one change names in one step, so that one of them is there at any
+    moment. Where the kernel or the file system cannot do that, the old one steps aside under a hidden name for the
+    moment between two renames, and is put back should the second one fail, or by the next call should the process be
+    killed between them.
     """
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +45,7 @@ def staged_directory(output: Path, *, replace: bool) -> Iterator[Path]:
         _sync_tree(content)
         _move_into_place(content, output, staging / _ASIDE, replace=replace)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging)
         os.close(lock)
 
 
@@ -86,7 +92,7 @@ def _create(output: Path) -> tuple[Path, int]:
 def _move_into_place(content: Path, output: Path, aside: Path, *, replace: bool) -> None:
     if not (replace and output.exists()):
         content.rename(output)
-    else:
+    elif not _exchange(content, output):
         output.rename(aside)
         try:
             content.rename(output)
@@ -94,6 +100,26 @@ def _move_into_place(content: Path, output: Path, aside: Path, *, replace: bool)
             aside.rename(output)
             raise
     _sync(output.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Have two paths change names in one step; ``False`` where that cannot be done here, and nothing was.
+
+    Source: renameat2(2), in Linux since 3.15 and in glibc since 2.28.
+
+    Raises:
+        OSError: it could be done here, and was not.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    here = _RELATIVE_TO_HERE
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(_EXCHANGE)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def _sweep(output: Path) -> None:
@@ -111,8 +137,15 @@ def _sweep(output: Path) -> None:
             continue
         if (path / _ASIDE).exists() and not output.exists():
             (path / _ASIDE).rename(output)
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
         os.close(lock)
+
+
+def _remove(staging: Path) -> None:
+    """Remove a staging directory, its lock last: without one, what a process killed in here left were nobody's."""
+    for name in (_CONTENT, _ASIDE):
+        shutil.rmtree(staging / name, ignore_errors=True)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _lock(directory: Path, create: int = 0) -> int | None:

@@ -1,16 +1,51 @@
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from llava_deploy.engines import staging
 from llava_deploy.engines.staging import staged_directory
+
+_REPLACING = """
+import pathlib, sys
+from llava_deploy.engines.staging import staged_directory
+print(flush=True)
+for i in range(100):
+    with staged_directory(pathlib.Path(sys.argv[1]), replace=True) as directory:
+        for name in ("file", "other"):
+            (directory / name).write_text(str(i))
+"""
+
+
+@contextlib.contextmanager
+def replacing(output: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that begins, as the block does, to replace ``output`` a hundred times."""
+    with subprocess.Popen([sys.executable, "-c", _REPLACING, output], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+
+
+def exchange_says(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the system refuse to exchange two names."""
+
+    class Library:
+        def renameat2(self, *_: object) -> int:
+            ctypes.set_errno(code)
+            return -1
+
+    monkeypatch.setattr(staging.ctypes, "CDLL", lambda *_, **__: Library())
 
 
 @pytest.fixture
@@ -25,13 +60,15 @@ def names(output: Path) -> list[str]:
 
 def make(output: Path, text: str, *, replace: bool = False) -> None:
     with staged_directory(output, replace=replace) as directory:
-        (directory / "file").write_text(text)
+        for name in ("file", "other"):
+            (directory / name).write_text(text)
 
 
 def killed(output: Path, where: str) -> None:
     """Stage a replacement in a process of its own, which kills itself with SIGKILL at the line ``where``."""
     script = f"""
 import os, pathlib, signal
+from llava_deploy.engines import staging
 from llava_deploy.engines.staging import staged_directory
 output = pathlib.Path({str(output)!r})
 rename, count = pathlib.Path.rename, 0
@@ -95,8 +132,68 @@ def test_an_old_one_is_replaced_only_where_that_is_asked_for(output: Path) -> No
     assert names(output) == ["bundle"]
 
 
+def test_the_name_is_never_gone(output: Path) -> None:
+    """Seen from outside, while one directory after another takes its place."""
+    make(output, "0")
+    with replacing(output) as process:
+        seen = set()
+        while process.poll() is None:
+            seen.add(output.stat().st_mtime_ns)
+        assert process.wait() == 0
+    assert len(seen) > 10  # it did see them change
+    assert names(output) == ["bundle"]
+
+
+def test_a_process_killed_at_any_moment_leaves_one_of_them_under_its_name(output: Path) -> None:
+    draw = random.Random(6)
+    make(output, "0")
+    for _ in range(12):
+        with replacing(output) as process:
+            time.sleep(draw.uniform(0.005, 0.05))
+            process.kill()
+        assert int((output / "file").read_text()) >= 0
+        assert (output / "file").read_text() == (output / "other").read_text()
+    make(output, "last", replace=True)
+    assert names(output) == ["bundle"]
+
+
+def test_names_change_in_one_step_where_the_system_can(output: Path) -> None:
+    """Without it every test of the step would pass by way of the two renames."""
+    make(output, "one")
+    other = output.with_name("other")
+    make(other, "two")
+    assert staging._exchange(output, other)
+    assert [(path / "file").read_text() for path in (output, other)] == ["two", "one"]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM])
+def test_without_that_step_there_are_two_renames(output: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(output, "old")
+    exchange_says(code, monkeypatch)
+    make(output, "new", replace=True)
+    assert (output / "file").read_text() == "new"
+    assert names(output) == ["bundle"]
+
+
+def test_a_c_library_without_that_step(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(output, "old")
+    monkeypatch.setattr(staging.ctypes, "CDLL", lambda *_, **__: object())
+    make(output, "new", replace=True)
+    assert (output / "file").read_text() == "new"
+
+
+def test_an_error_of_that_step_leaves_the_old_one(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(output, "old")
+    exchange_says(errno.EIO, monkeypatch)
+    with pytest.raises(OSError, match=r"Input/output error.*bundle"):
+        make(output, "new", replace=True)
+    assert (output / "file").read_text() == "old"
+    assert names(output) == ["bundle"]
+
+
 def test_the_old_one_comes_back_when_the_second_rename_fails(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(output, "old")
+    monkeypatch.setattr(staging, "_exchange", lambda *_: False)
     rename, targets = Path.rename, []
 
     def fails_once(self: Path, target: Path) -> Path:
@@ -125,7 +222,7 @@ def test_a_killed_process_leaves_nothing_by_that_name(output: Path) -> None:
 
 def test_a_process_killed_between_the_two_renames_loses_nothing(output: Path) -> None:
     make(output, "old")
-    killed(output, "pathlib.Path.rename = counted")
+    killed(output, "pathlib.Path.rename, staging._exchange = counted, lambda *_: False")
     assert not output.exists()
     with pytest.raises(ValueError, match="x"), staged_directory(output, replace=True):
         assert (output / "file").read_text() == "old"  # put back before anything else
