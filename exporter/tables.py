@@ -13,7 +13,7 @@ from rich.text import Text
 from llava_deploy.runtime.terminal import facts, picture_steps, prompt_form, size
 
 if TYPE_CHECKING:
-    from llava_deploy.exporter.stages import StageResult
+    from llava_deploy.runtime.stages import StageResult
 
 
 def checkpoint_table(description: Mapping[str, Any]) -> Table:

@@ -5,6 +5,7 @@ Imports the runtime, as few files of this room do: it is where both sides meet.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,21 +28,48 @@ from llava_deploy.exporter.reference.pixels import reference_pixels
 from llava_deploy.exporter.reference.splice import SpliceOptions
 from llava_deploy.exporter.reference.splice import splice as reference_splice
 from llava_deploy.exporter.reference.torch_model import TorchLlava, exact_float32, load_torch
-from llava_deploy.exporter.stages import (
-    INT8_TOLERANCE,
-    QUANTIZED_TOLERANCE,
-    TOLERANCE,
-    StageResult,
-    VerifyReport,
-    pixel_stage,
-    stage,
-)
 from llava_deploy.runtime import Llava
 from llava_deploy.runtime.backend import step_mask, step_positions
 from llava_deploy.runtime.backend_choice import BackendName
 from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeDecoder, OnnxRuntimeVision
 from llava_deploy.runtime.pictures import PictureSource, load_picture
+from llava_deploy.runtime.stages import (
+    INT8_TOLERANCE,
+    QUANTIZED_TOLERANCE,
+    TOLERANCE,
+    StageKind,
+    StageResult,
+    first_failure,
+    pixel_stage,
+    stage,
+    token_stage,
+)
 from llava_deploy.runtime.tokenize import tokenize_prompt
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All stages, in the order in which data passes them."""
+
+    backend: str
+    prompt: str
+    stages: tuple[StageResult, ...]
+
+    @property
+    def first_failure(self) -> str | None:
+        """The first stage that left its tolerance: where to look."""
+        return first_failure(self.stages)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every stage is within its tolerance."""
+        return self.first_failure is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        stages = [{**dataclasses.asdict(stage), "ok": stage.ok} for stage in self.stages]
+        first = self.first_failure
+        return {"ok": self.ok, "first_failure": first, "backend": self.backend, "prompt": self.prompt, "stages": stages}
 
 
 @dataclass(frozen=True)
@@ -138,22 +166,22 @@ def _stages(llava: Llava, checkpoint: Checkpoint, options: VerifyOptions) -> Ite
     states = model.hidden_states(torch.from_numpy(pixels).to(device))
     for index in range(len(states)):
         if (name := hidden_state_name(index)) in found:
-            yield stage(f"tower {name}", "tower", found[name], states[index], tolerance)
+            yield _compared(f"tower {name}", "tower", found[name], states[index], tolerance)
     selected = model.select(states)
-    yield stage("tower features", "tower", found[TOWER_FEATURES], selected, tolerance)
+    yield _compared("tower features", "tower", found[TOWER_FEATURES], selected, tolerance)
     features = model.projector(selected)  # [1, patches, hidden]
-    yield stage("projector", "projector", found["image_features"], features, tolerance)
+    yield _compared("projector", "projector", found["image_features"], features, tolerance)
     (loaded,) = llava.encoder.vision.encode(pixels)
     loaded = loaded if isinstance(loaded, np.ndarray) else loaded.numpy()
     vision = llava.encoder.vision
     seen = INT8_TOLERANCE if isinstance(vision, OnnxRuntimeVision) and vision.rounds else tolerance
-    yield stage("features of what is loaded", "projector", loaded, features[0], seen)
+    yield _compared("features of what is loaded", "projector", loaded, features[0], seen)
 
     ids = torch.from_numpy(tokenize_prompt(options.prompt, llava.encoder.tokenizer, manifest.chat)).to(device)
     embeds = llava.encoder.encode([options.prompt], [[image]], llava.max_len).tokens.on_host()  # [1, seq, hidden]
     spliced = reference_splice(ids[None], None, None, None, list(features), embed=model.embed, options=SpliceOptions())
     want = spliced.inputs_embeds
-    yield stage("splice", "splice", embeds, want, seen)
+    yield _compared("splice", "splice", embeds, want, seen)
 
     if stored is not None:
         own_logits = _decoder_states(model, want)[1]
@@ -161,14 +189,14 @@ def _stages(llava: Llava, checkpoint: Checkpoint, options: VerifyOptions) -> Ite
         model = load_torch(stored).to(device)
         close = tolerance if quantized_in_decoder(checkpoint) else QUANTIZED_TOLERANCE
         stored_logits = _decoder_states(model, want)[1].cpu().numpy()
-        yield stage("decoder weights", "weights", stored_logits, own_logits, close)
+        yield _compared("decoder weights", "weights", stored_logits, own_logits, close)
 
     found = all_outputs(llava.directory / DECODER_GRAPH, _prompt_feed(llava, want.cpu().numpy()))
     layers, logits = _decoder_states(model, want)
     for index, state in enumerate(layers, start=1):
         name = hidden_state_name(index)
-        yield stage(f"decoder {name}", "decoder", found[name], state, tolerance)
-    yield stage("logits", "logits", found["logits"], logits, tolerance)
+        yield _compared(f"decoder {name}", "decoder", found[name], state, tolerance)
+    yield _compared("logits", "logits", found["logits"], logits, tolerance)
 
     rounds = isinstance(llava.decoder, OnnxRuntimeDecoder) and (stored is not None or llava.decoder.rounds)
     yield from _answer_stages(llava, model, options, want, INT8_TOLERANCE if rounds else seen)
@@ -216,12 +244,13 @@ def _answer_stages(
     along = want[: llava.max_len + 1 - embeds.shape[1]]
     images = [[load_picture(options.picture)]]
     found = np.concatenate([row.copy() for row in llava.logits_along([options.prompt], images, [along])])
-    yield stage("logits of what is loaded", "logits", found[:1], wanted[:1], tolerance)
+    yield _compared("logits of what is loaded", "logits", found[:1], wanted[:1], tolerance)
     if len(along) > 1:
-        decoded = stage("logits of what is loaded, decode", "logits", found[1:], wanted[1 : len(along)], tolerance)
+        decoded = _compared("logits of what is loaded, decode", "logits", found[1:], wanted[1 : len(along)], tolerance)
         yield replace(decoded, detail=f"{decoded.detail}, worst of {len(along) - 1} tokens one by one")
-    noise = float(np.abs(found - wanted[: len(along)].cpu().numpy()).max())
-    yield _token_stage(llava, options, want, wanted, noise)
+    logits = wanted.float().cpu().numpy()
+    noise = float(np.abs(found - logits[: len(along)]).max())
+    yield _token_stage(llava, options, want, logits, noise)
 
 
 def _greedy(llava: Llava, model: TorchLlava, embeds: torch.Tensor, most: int) -> tuple[tuple[int, ...], torch.Tensor]:
@@ -242,23 +271,15 @@ def _greedy(llava: Llava, model: TorchLlava, embeds: torch.Tensor, most: int) ->
 
 
 def _token_stage(
-    llava: Llava, options: VerifyOptions, want: tuple[int, ...], logits: torch.Tensor, noise: float
+    llava: Llava, options: VerifyOptions, want: tuple[int, ...], logits: np.ndarray, noise: float
 ) -> StageResult:
-    """Greedy tokens of both; where they part, PyTorch's own two choices may be no further apart than the noise."""
     images: list[list[Image.Image]] = [[load_picture(options.picture)]]
     answer = llava.generate([options.prompt], images, max_new_tokens=options.max_new_tokens)[0]
     found, stop = answer.token_ids, llava.manifest.chat.stop_token_ids
     if answer.finish_reason == "context" or (answer.finish_reason == "stop" and found[-1] not in stop):
         want = want[: len(found)]  # PyTorch knows no stop strings and no end of the cache
-    longest = max(len(found), len(want))
-    at = next((i for i in range(longest) if found[i : i + 1] != want[i : i + 1]), longest)
-    if at == longest:
-        return StageResult("tokens", "tokens", 0.0, 0.0, 0.0, f"{longest} of {longest} greedy tokens equal")
-    detail = f"{at} of {longest} greedy tokens equal"
-    if at < min(len(found), len(want)):
-        margin = float(logits[at][want[at]] - logits[at][found[at]])
-        if margin <= 2 * noise:
-            detail += f", then a near-tie: margin {margin:.1e}, logits differ by {noise:.1e}"
-            return StageResult("tokens", "tokens", margin, 0.0, 0.0, detail)
-        detail += f", then PyTorch's choice leads by {margin:.1e}, logits differ by {noise:.1e}"
-    return StageResult("tokens", "tokens", float("inf"), float(longest - at), 0.0, detail)
+    return token_stage("tokens", "tokens", found, want, logits, noise)
+
+
+def _compared(name: str, kind: StageKind, found: np.ndarray, wanted: torch.Tensor, tolerance: float) -> StageResult:
+    return stage(name, kind, found, wanted.float().cpu().numpy(), tolerance)

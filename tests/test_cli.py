@@ -14,8 +14,9 @@ from click.testing import Result
 
 from llava_deploy.cli import main
 from llava_deploy.exporter.demo.scenes import Example, Split, examples
-from llava_deploy.exporter.stages import StageResult, VerifyReport
+from llava_deploy.exporter.verify import VerifyReport
 from llava_deploy.runtime import Llava
+from llava_deploy.runtime.stages import StageResult
 
 COMMANDS = ("inspect", "plan", "export", "build", "run", "chat", "eval", "bench", "verify", "demo", "completion")
 PROGRAM = [sys.executable, "-c", "from llava_deploy.cli import main; main(prog_name='llava-deploy')"]

@@ -15,9 +15,9 @@ from llava_deploy.exporter.demo.scenes import DESCRIBE, checkpoint_dir
 from llava_deploy.exporter.export import export
 from llava_deploy.exporter.quantization.plan import round_to_nearest
 from llava_deploy.exporter.quantization.request import GROUP_SIZE, QuantizeOptions
-from llava_deploy.exporter.stages import StageResult
 from llava_deploy.exporter.verify import VerifyOptions, verify_loaded
 from llava_deploy.runtime.prompt import render_chat
+from llava_deploy.runtime.stages import StageResult
 
 
 def shipped(weights: Weights) -> Checkpoint:

@@ -38,7 +38,7 @@ from llava_deploy.exporter.inner_values import mark_hidden_states
 from llava_deploy.exporter.quantization.stored import with_stored_decoder
 from llava_deploy.exporter.reference.pixels import reference_pixels
 from llava_deploy.exporter.reference.torch_model import exact_float32, load_torch
-from llava_deploy.exporter.stages import TOLERANCE, position_errors
+from llava_deploy.runtime.stages import TOLERANCE, position_errors
 
 PROMPT = 24  # tokens of text behind the picture's
 

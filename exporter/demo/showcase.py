@@ -17,11 +17,11 @@ from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
 from llava_deploy.exporter.checkpoint import open_checkpoint
 from llava_deploy.exporter.demo.scenes import Example, Split, checkpoint_dir, examples
 from llava_deploy.exporter.export import export
-from llava_deploy.exporter.stages import StageResult, VerifyReport
 from llava_deploy.exporter.tables import stage_table
-from llava_deploy.exporter.verify import verify
+from llava_deploy.exporter.verify import VerifyReport, verify
 from llava_deploy.runtime import Llava, Timings
 from llava_deploy.runtime.evaluation import normalise
+from llava_deploy.runtime.stages import StageResult
 from llava_deploy.runtime.terminal import (
     Stopwatch,
     facts,

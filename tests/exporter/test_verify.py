@@ -25,9 +25,9 @@ from llava_deploy.exporter.demo.scenes import Split, examples
 from llava_deploy.exporter.export import export
 from llava_deploy.exporter.quantization.plan import round_to_nearest
 from llava_deploy.exporter.quantization.request import QuantizeOptions
-from llava_deploy.exporter.stages import StageResult, VerifyReport
-from llava_deploy.exporter.verify import VerifyOptions, verify, verify_loaded
+from llava_deploy.exporter.verify import VerifyOptions, VerifyReport, verify, verify_loaded
 from llava_deploy.runtime import Llava
+from llava_deploy.runtime.stages import StageResult
 
 needs_products = pytest.mark.skipif(not has_int8_products(), reason="no exact products of 8-bit integers here")
 EXAMPLE = next(iter(examples(Split.HELD_OUT, seed=2)))

@@ -1,16 +1,33 @@
-"""What a comparison with PyTorch finds: one result a stage, how far each may be off, and the report of all of them."""
+"""What a comparison with recorded or computed answers of PyTorch finds: a result a stage, and how far each may be off.
+
+``verify`` compares with PyTorch as it runs, ``selftest`` with what PyTorch gave when the goldens were recorded.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, TypeAlias
 
 import numpy as np
-import torch
 
 from llava_deploy.engines.manifest import ImageRecipe
 from llava_deploy.engines.names import Precision
+
+StageKind: TypeAlias = Literal[
+    "files",
+    "pixels",
+    "tower",
+    "projector",
+    "image features",
+    "prompt",
+    "splice",
+    "weights",
+    "decoder",
+    "logits",
+    "tokens",
+]
+"""In the order in which data passes them; ``verify`` looks into image features and logits more closely."""
 
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "int4": 1e-2, "int4-awq": 1e-2}
 """Largest relative error ``|found - wanted| / |wanted|`` (2-norms) of a position, by the bundle's precision."""
@@ -28,13 +45,12 @@ accuracy level 4, and what ``build --int8`` names."""
 class StageResult:
     """One stage: what differs between PyTorch and the bundle, and how far it may.
 
-    ``kind`` is ``pixels``, ``tower``, ``projector``, ``splice``, ``weights``, ``decoder``, ``logits`` or ``tokens``.
     For pixels the error is in 8-bit levels; for tokens it is the tokens that differ; for the rest it is the relative
     error.
     """
 
     name: str
-    kind: str
+    kind: StageKind
     max_abs_error: float
     error: float
     tolerance: float
@@ -46,29 +62,9 @@ class StageResult:
         return self.error <= self.tolerance
 
 
-@dataclass(frozen=True)
-class VerifyReport:
-    """All stages, in the order in which data passes them."""
-
-    backend: str
-    prompt: str
-    stages: tuple[StageResult, ...]
-
-    @property
-    def first_failure(self) -> str | None:
-        """The first stage that left its tolerance: where to look."""
-        return next((stage.name for stage in self.stages if not stage.ok), None)
-
-    @property
-    def ok(self) -> bool:
-        """Whether every stage is within its tolerance."""
-        return self.first_failure is None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        stages = [{**dataclasses.asdict(stage), "ok": stage.ok} for stage in self.stages]
-        first = self.first_failure
-        return {"ok": self.ok, "first_failure": first, "backend": self.backend, "prompt": self.prompt, "stages": stages}
+def first_failure(stages: Iterable[StageResult]) -> str | None:
+    """The first stage that left its tolerance: where to look."""
+    return next((stage.name for stage in stages if not stage.ok), None)
 
 
 def position_errors(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -82,22 +78,48 @@ def position_errors(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return relative
 
 
-def stage(name: str, kind: str, found: np.ndarray, wanted: torch.Tensor, tolerance: float) -> StageResult:
+def stage(name: str, kind: StageKind, found: np.ndarray, wanted: np.ndarray, tolerance: float) -> StageResult:
     """Compare ``[..., n]`` with PyTorch's, of the same shape, position by position; the worst one counts."""
-    want = wanted.float().cpu().numpy()
-    relative = float(position_errors(found, want).max())
-    worst = float(np.abs(found.astype(np.float32) - want).max())
+    relative = float(position_errors(found, wanted).max())
+    worst = float(np.abs(found.astype(np.float32) - wanted.astype(np.float32)).max())
     return StageResult(name, kind, worst, relative, tolerance, f"relative error {relative:.1e}, largest {worst:.1e}")
 
 
-def pixel_stage(found: np.ndarray, want: np.ndarray, recipe: ImageRecipe) -> StageResult:
+def pixel_stage(found: np.ndarray, wanted: np.ndarray, recipe: ImageRecipe) -> StageResult:
     """Errors in 8-bit levels: normalised values times the deviation, over the rescale factor."""
     std = np.array(recipe.std if recipe.std is not None else (1.0, 1.0, 1.0), np.float32)[:, None, None]
     factor = recipe.rescale_factor if recipe.rescale_factor is not None else 1.0
-    if found.shape != want.shape:
-        shapes = f"shapes differ: {list(found.shape)}, PyTorch {list(want.shape)}"
+    if found.shape != wanted.shape:
+        shapes = f"shapes differ: {list(found.shape)}, PyTorch {list(wanted.shape)}"
         return StageResult("pixels", "pixels", float("inf"), float("inf"), 1.0, shapes)
-    difference = np.abs(found - want)
+    difference = np.abs(found - wanted)
     levels = float((difference * std / factor).max())
     # A level as float32 comes out of the arithmetic: 1.0000 is one level.
     return StageResult("pixels", "pixels", float(difference.max()), round(levels, 3), 1.0, f"{levels:.3f} levels")
+
+
+def token_stage(
+    name: str, kind: StageKind, found: Sequence[int], wanted: Sequence[int], logits: np.ndarray, noise: float
+) -> StageResult:
+    """Greedy tokens; where they part, PyTorch's own two choices may be no further apart than the noise.
+
+    Args:
+        name: of the stage.
+        kind: of the stage.
+        found: tokens of what is loaded.
+        wanted: PyTorch's.
+        logits: ``[tokens, vocab]`` that PyTorch's were chosen from.
+        noise: the most that a logit of what is loaded differs from PyTorch's along this answer.
+    """
+    longest = max(len(found), len(wanted))
+    at = next((i for i in range(longest) if tuple(found[i : i + 1]) != tuple(wanted[i : i + 1])), longest)
+    if at == longest:
+        return StageResult(name, kind, 0.0, 0.0, 0.0, f"{longest} of {longest} greedy tokens equal")
+    detail = f"{at} of {longest} greedy tokens equal"
+    if at < min(len(found), len(wanted)):
+        margin = float(logits[at][wanted[at]]) - float(logits[at][found[at]])
+        if margin <= 2 * noise:
+            detail += f", then a near-tie: margin {margin:.1e}, logits differ by {noise:.1e}"
+            return StageResult(name, kind, margin, 0.0, 0.0, detail)
+        detail += f", then PyTorch's choice leads by {margin:.1e}, logits differ by {noise:.1e}"
+    return StageResult(name, kind, float("inf"), float(longest - at), 0.0, detail)
