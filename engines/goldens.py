@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
 
+from llava_deploy.engines.arrays import mapped_array
 from llava_deploy.engines.contract import IMAGE_TOKEN_INDEX
 from llava_deploy.engines.errors import BundleError
 from llava_deploy.engines.manifest import Manifest
@@ -165,11 +165,4 @@ def read_golden_array(bundle: Path, manifest: Manifest, golden: Golden, array: G
     path = bundle / manifest.entry(golden.path(array)).path
     want = golden.shape(array, manifest)
     dtype = np.dtype(np.float32) if array == "pixel_values" else golden_dtype(manifest)
-    try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False) if math.prod(want) else np.load(path)
-    except (OSError, ValueError, EOFError) as error:
-        raise BundleError(f"{path}: no array ({error}); {_REMEDY}") from error
-    if not isinstance(values, np.ndarray) or values.shape != want or values.dtype != dtype:
-        found = f"{values.dtype}{list(values.shape)}" if isinstance(values, np.ndarray) else type(values).__name__
-        raise BundleError(f"{path}: want {dtype}{list(want)}, found {found}; {_REMEDY}")
-    return values
+    return mapped_array(path, dtype, want, remedy=_REMEDY)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
+from llava_deploy.engines.arrays import mapped_array
 from llava_deploy.engines.contract import IMAGE_TOKEN_INDEX
 from llava_deploy.engines.errors import BundleError, PromptError
 from llava_deploy.engines.manifest import EMBEDDING_TABLE, TOKENIZER
@@ -253,14 +254,6 @@ def _load_tokenizer(bundle: Bundle) -> Tokenizer:
 
 
 def _load_table(bundle: Bundle) -> np.ndarray:
-    path, shape = bundle.path(EMBEDDING_TABLE), bundle.manifest.decoder
-    try:
-        # A plain array over the map: a memmap object costs microseconds at every look-up.
-        table = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: not an array ({error}); export the bundle again") from error
-    want = (shape.vocab_size, shape.hidden_size)
-    if table.shape != want or table.dtype != np.dtype(shape.dtype):
-        found = f"{table.dtype}{list(table.shape)}"
-        raise BundleError(f"{path}: want {shape.dtype}{list(want)}, found {found}; export the bundle again")
-    return table
+    shape = bundle.manifest.decoder
+    size = (shape.vocab_size, shape.hidden_size)
+    return mapped_array(bundle.path(EMBEDDING_TABLE), shape.dtype, size, remedy="export the bundle again")

@@ -24,7 +24,7 @@ FILES = [
 
 GROUND_FLOOR = (
     *("contract", "manifest", "names", "errors", "integrity", "engine_manifest", "staging", "nibbles"),
-    *("tensorrt_recipe", "tensorrt_module", "decoder_parts", "processor", "plain", "goldens", "rewriting"),
+    *("tensorrt_recipe", "tensorrt_module", "decoder_parts", "processor", "plain", "goldens", "rewriting", "arrays"),
 )
 EXPORT_ONLY = {
     "torch",

@@ -30,6 +30,7 @@ from llava_deploy.engines.manifest import (
     MANIFEST_NAME,
     TOKENIZER,
     VISION_GRAPH,
+    FileEntry,
     read_manifest,
 )
 from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
@@ -323,3 +324,8 @@ def test_the_tokenizer_is_no_part_of_what_an_engine_is_built_from(built: Path, t
     assert before == source_digest(type(manifest)(**{**vars(manifest), "files": without}))
     fewer = tuple(file for path, file in files.items() if path != f"{DECODER_GRAPH}.data")
     assert before != source_digest(type(manifest)(**{**vars(manifest), "files": fewer}))
+    left_out = tuple(file for path, file in files.items() if path not in {f.path for f in fewer})
+    packed = type(manifest)(**{**vars(manifest), "files": fewer, "left_out": left_out})
+    assert before == source_digest(packed), "an archive without the graphs has the same engines"
+    goldens = FileEntry("goldens/one-picture/logits.npy", 1, "a" * 64)
+    assert before == source_digest(type(manifest)(**{**vars(manifest), "files": (*manifest.files, goldens)}))
