@@ -23,6 +23,7 @@ from llava_deploy.engines.manifest import (
     MANIFEST_NAME,
     TOKENIZER,
     VISION_GRAPH,
+    FileEntry,
     Manifest,
     ModelCard,
     QuantizationRecipe,
@@ -36,7 +37,8 @@ from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD, LlavaConfig
 from llava_deploy.exporter.graphs import Graphs, build_graphs
 from llava_deploy.exporter.quantization.held import quantized_in_decoder
 from llava_deploy.exporter.quantization.weight import QuantizedSource
-from llava_deploy.exporter.weights import attach_weights, write_embedding_table
+from llava_deploy.exporter.sources.tensors import TensorSource
+from llava_deploy.exporter.weights import SharedTable, attach_weights, write_embedding_table
 
 TOOLS = ("llava-deploy", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
@@ -65,8 +67,7 @@ def export(
     checkpoint becomes a quantised one.
 
     Equal checkpoints give equal bytes. The directory appears when everything in it is written and checked; an export
-    that fails or is killed leaves nothing by that name. With ``replace`` an old bundle stays as it was until then; a
-    process killed between the two renames leaves it aside, and the next export to that name puts it back first.
+    that fails or is killed leaves nothing by that name. With ``replace`` an old bundle stays as it was until then.
 
     Raises:
         InputError: ``output`` exists and ``replace`` is false, or int4 is asked of a checkpoint that holds none.
@@ -76,7 +77,7 @@ def export(
     require_free_name(output, replace=replace)
     kept = _kept(checkpoint, precision)
     graphs = build_graphs(checkpoint.config, precision, {name: source.format for name, source in kept.items()})
-    recipe = _recipe(kept, accuracy_level) if kept else None
+    recipe = quantization_recipe(kept, accuracy_level) if kept else None
     wanted = _bytes_wanted(checkpoint, graphs)  # now: what is written is no longer counted
     _require_space(wanted, output)
     total = sum(source.nbytes for source in checkpoint.tensors.values())
@@ -113,10 +114,7 @@ def _write(
     (directory / TOKENIZER).write_bytes(checkpoint.tokenizer_json)
     files = [written, describe_file(directory, TOKENIZER)]
     for model, name in ((graphs.vision, VISION_GRAPH), (graphs.decoder, DECODER_GRAPH)):
-        files.append(attach_weights(model, tensors, directory / f"{name}.data", table, progress))
-        ir.save(model, directory / name)
-        onnx.checker.check_model(str(directory / name), full_check=True)
-        files.append(describe_file(directory, name))
+        files += write_graph(model, tensors, directory / name, table, progress)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         model=_card(checkpoint, precision),
@@ -126,12 +124,46 @@ def _write(
         chat=checkpoint.chat,
         quantization=recipe,
         splice=SpliceRecipe(checkpoint.config.tokenizer_model_max_length),
-        tools={name: importlib.metadata.version(name) for name in TOOLS},
+        tools=tool_versions(),
         files=tuple(sorted(files, key=lambda entry: entry.path)),
         left_out=(),
     )
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def write_graph(
+    model: ir.Model,
+    tensors: Mapping[str, TensorSource],
+    path: Path,
+    table: SharedTable,
+    progress: Callable[[int], None],
+) -> tuple[FileEntry, FileEntry]:
+    """Write one graph and its weights, and have ONNX check it.
+
+    Args:
+        model: as :func:`~llava_deploy.exporter.graphs.build_graphs` makes it; refers to its weights afterwards.
+        tensors: the weights by canonical names.
+        path: of the ONNX file; the weights go beside it.
+        table: where the embedding table's values are.
+        progress: as for :func:`~llava_deploy.exporter.weights.attach_weights`.
+
+    Returns:
+        Both files, for the manifest.
+
+    Raises:
+        CheckpointError: a weight is NaN, infinite, or outside the range of the precision.
+        OSError: a file cannot be written.
+    """
+    data = attach_weights(model, tensors, path.with_name(f"{path.name}.data"), table, progress)
+    ir.save(model, path)
+    onnx.checker.check_model(str(path), full_check=True)
+    return data, describe_file(path.parent, path.name)
+
+
+def tool_versions() -> dict[str, str]:
+    """Of what has a say in the bytes of a bundle, for the manifest."""
+    return {name: importlib.metadata.version(name) for name in TOOLS}
 
 
 def _kept(checkpoint: Checkpoint, precision: Precision) -> dict[str, QuantizedSource]:
@@ -147,7 +179,8 @@ def _kept(checkpoint: Checkpoint, precision: Precision) -> dict[str, QuantizedSo
     return held
 
 
-def _recipe(kept: Mapping[str, QuantizedSource], accuracy_level: AccuracyLevel) -> QuantizationRecipe:
+def quantization_recipe(kept: Mapping[str, QuantizedSource], accuracy_level: AccuracyLevel) -> QuantizationRecipe:
+    """What a manifest says of a decoder's quantised weights, one at least, by canonical names."""
     heads: dict[int, HeadPrecision] = {8: "int8", 4: "int4"}
     head = kept.get(LM_HEAD)
     others = [source for name, source in kept.items() if name != LM_HEAD]

@@ -1,9 +1,9 @@
-"""The decoder's weights as a bundle holds them, read back: what its quantised graph is verified against."""
+"""Weights as a bundle holds them, read back: what its quantised decoder is verified against, and what a swap leaves."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from llava_deploy.exporter.sources.tensors import TensorSource
 
 @dataclass(frozen=True)
 class BundleTensor:
-    """A weight of a decoder graph; a quantised one is what it stands for, float32 ``[out_features, in_features]``."""
+    """A weight of a bundle's graph; a quantised one is what it stands for, float32 ``[out_features, in_features]``."""
 
     name: str
     path: Path
@@ -78,17 +78,23 @@ def with_stored_decoder(checkpoint: Checkpoint, bundle: Path) -> Checkpoint:
     Raises:
         InputError: a weight has another shape than the checkpoint's.
     """
-    path = bundle / DECODER_GRAPH
-    initializers = ir.load(path).graph.initializers
     tensors: dict[str, TensorSource] = dict(checkpoint.tensors)
-    for name, value in initializers.items():
-        if value.const_value is not None and (name in tensors or name == LM_HEAD):
-            held = _bundle_tensor(name, value.const_value, initializers, path)
-            _require_shape_of(checkpoint, name, held.shape, bundle)
-            tensors[name] = held
+    for name, held in stored_tensors(bundle / DECODER_GRAPH, {*tensors, LM_HEAD}).items():
+        _require_shape_of(checkpoint, name, held.shape, bundle)
+        tensors[name] = held
     tied = checkpoint.config.decoder.tie_word_embeddings and LM_HEAD not in tensors
     config = replace(checkpoint.config, decoder=replace(checkpoint.config.decoder, tie_word_embeddings=tied))
     return replace(checkpoint, config=config, tensors=MappingProxyType(tensors))
+
+
+def stored_tensors(path: Path, names: Container[str]) -> dict[str, BundleTensor]:
+    """Those of the canonical ``names`` that are weights of the graph ``path``; nothing is read but the graph."""
+    initializers = ir.load(path).graph.initializers
+    return {
+        name: _bundle_tensor(name, value.const_value, initializers, path)
+        for name, value in initializers.items()
+        if value.const_value is not None and name in names
+    }
 
 
 def _bundle_tensor(
