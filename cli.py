@@ -164,8 +164,8 @@ def export(
         refuse_given(f"of no effect with --precision {precision}", "accuracy_level")
     watch = terminal.Stopwatch()
     with terminal.progress("quantising" if precision == "int4-awq" else "opening", quiet=quiet()) as step:
+        from llava_deploy.engines.staging import require_free_name
         from llava_deploy.exporter.export import export as write
-        from llava_deploy.exporter.export import require_free_name
         from llava_deploy.exporter.quantization.prepare import prepare
 
         require_free_name(output, replace=force)

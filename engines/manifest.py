@@ -215,8 +215,17 @@ def read_manifest(bundle: Path) -> Manifest:
             f"{bundle}: want a bundle directory with {MANIFEST_NAME}, found none; "
             "make one with: llava-deploy export CHECKPOINT -o BUNDLE"
         )
+    return parse_manifest(where.read_bytes(), where=str(where))
+
+
+def parse_manifest(content: bytes, *, where: str) -> Manifest:
+    """The manifest that the bytes of a ``manifest.json`` are; ``where`` it is begins an error's message.
+
+    Raises:
+        BundleError: as :func:`read_manifest`.
+    """
     try:
-        data = json.loads(where.read_text(encoding="utf-8"))
+        data = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{where}: not JSON ({error}); export the bundle again") from error
     version = data.get("format_version") if isinstance(data, dict) else None
@@ -229,7 +238,7 @@ def read_manifest(bundle: Path) -> Manifest:
         manifest: Manifest = from_plain(Manifest, data, "manifest")
     except (TypeError, OverflowError, ContractError) as error:
         raise BundleError(f"{where}: {error}; export the bundle again") from error
-    require_paths((*manifest.files, *manifest.left_out), where=str(where))
+    require_paths((*manifest.files, *manifest.left_out), where=where)
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from llava_deploy.engines.errors import LlavaDeployError
+from llava_deploy.engines.errors import InputError, LlavaDeployError
+from llava_deploy.engines.manifest import MANIFEST_NAME
 
 _LOCK, _CONTENT, _ASIDE = "lock", "new", "old"
 _MADE = re.compile(r"[a-z0-9_]{8}")  # how tempfile.mkdtemp ends a name
@@ -34,19 +35,47 @@ def staged_directory(output: Path, *, replace: bool) -> Iterator[Path]:
     killed between them.
     """
     output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(output)
-    staging, lock = _create(output)
-    try:
+    with _staging_of(output) as staging:
         content = staging / _CONTENT
         content.mkdir()
         yield content
         content.chmod(0o777 & ~_umask())
         _sync_tree(content)
         _move_into_place(content, output, staging / _ASIDE, replace=replace)
-    finally:
-        _remove(staging)
-        os.close(lock)
+
+
+@contextlib.contextmanager
+def staged_file(output: Path, *, replace: bool) -> Iterator[Path]:
+    """Give the name of a file to be made, and rename it to ``output`` when the block ends without an error.
+
+    What holds of :func:`staged_directory` holds here too; an old file is replaced in one step everywhere.
+
+    Raises:
+        FileExistsError: ``output`` is there in the end, and ``replace`` is false.
+    """
+    output = output.absolute()
+    with _staging_of(output) as staging:
+        content = staging / _CONTENT
+        yield content
+        _sync(content)
+        if not replace and (output.exists() or output.is_symlink()):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(output))
+        content.replace(output)
+        _sync(output.parent)
+
+
+def require_free_name(output: Path, *, replace: bool) -> None:
+    """Refuse to write a bundle over what is there; nothing but a bundle is ever replaced.
+
+    Raises:
+        InputError: ``output`` exists, and ``replace`` is false or it is no bundle.
+    """
+    if not output.exists() and not output.is_symlink():
+        return
+    if not replace:
+        raise InputError(f"{output}: exists already; choose another directory, or replace it with --force")
+    if not (output / MANIFEST_NAME).is_file():
+        raise InputError(f"{output}: exists and is not a bundle, which is all that --force replaces; remove it")
 
 
 def require_space(bundle: Path, wanted: int) -> None:
@@ -69,13 +98,26 @@ def write_error(output: Path, error: OSError) -> LlavaDeployError:
         return LlavaDeployError(
             f"{output}: the disk is full, nothing was written; free some space or choose another disk"
         )
-    if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and output.is_dir():
+    if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and output.exists():
         return LlavaDeployError(
             f"{output}: another process wrote it in the meantime, and it stays as it is; "
             "use that, or replace it with --force"
         )
     at = "" if error.filename is None else f" at {error.filename}"
     return LlavaDeployError(f"{output}: not written ({error.strerror or error}{at}); choose another directory")
+
+
+@contextlib.contextmanager
+def _staging_of(output: Path) -> Iterator[Path]:
+    """A locked directory beside ``output`` for what is to become it, swept before and removed after."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(output)
+    staging, lock = _create(output)
+    try:
+        yield staging
+    finally:
+        _remove(staging)
+        os.close(lock)
 
 
 def _create(output: Path) -> tuple[Path, int]:
@@ -144,7 +186,10 @@ def _sweep(output: Path) -> None:
 def _remove(staging: Path) -> None:
     """Remove a staging directory, its lock last: without one, what a process killed in here left were nobody's."""
     for name in (_CONTENT, _ASIDE):
-        shutil.rmtree(staging / name, ignore_errors=True)
+        path = staging / name
+        if path.is_file():
+            path.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(staging, ignore_errors=True)
 
 

@@ -31,7 +31,7 @@ from llava_deploy.engines.manifest import (
     describe_file,
 )
 from llava_deploy.engines.names import DEFAULT_ACCURACY_LEVEL, AccuracyLevel, HeadPrecision, Precision
-from llava_deploy.engines.staging import staged_directory, write_error
+from llava_deploy.engines.staging import require_free_name, staged_directory, write_error
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD, LlavaConfig
 from llava_deploy.exporter.graphs import Graphs, build_graphs
@@ -210,20 +210,6 @@ def _card(checkpoint: Checkpoint, precision: Precision) -> ModelCard:
         precision=precision,
         parameters=sum(math.prod(source.shape) for source in checkpoint.tensors.values()),
     )
-
-
-def require_free_name(output: Path, *, replace: bool) -> None:
-    """Refuse to write over what is there; nothing but a bundle is ever replaced.
-
-    Raises:
-        InputError: ``output`` exists, and ``replace`` is false or it is no bundle.
-    """
-    if not output.exists() and not output.is_symlink():
-        return
-    if not replace:
-        raise InputError(f"{output}: exists already; choose another directory, or replace it with --force")
-    if not (output / MANIFEST_NAME).is_file():
-        raise InputError(f"{output}: exists and is not a bundle, which is all that --force replaces; remove it")
 
 
 def _bytes_wanted(checkpoint: Checkpoint, graphs: Graphs) -> int:
