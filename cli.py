@@ -48,6 +48,7 @@ from llava_deploy.runtime.command_options import (
     raw_option,
 )
 from llava_deploy.runtime.command_plan import PlanRequest, plan_options
+from llava_deploy.runtime.command_serve import serve
 
 if TYPE_CHECKING:
     from llava_deploy.runtime.backend_choice import BackendName
@@ -437,3 +438,6 @@ def completion(shell: str) -> None:
 
     kind = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}[shell]
     click.echo(kind(main, {}, PROGRAM, f"_{PROGRAM}_COMPLETE".replace("-", "_").upper()).source())
+
+
+main.add_command(serve)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from llava_deploy.engines.errors import BackendError
 from llava_deploy.engines.manifest import ChatRecipe
-from llava_deploy.runtime.answers import Answer, FinishReason, Timings
+from llava_deploy.runtime.answers import Answer, FinishReason, Piece, Timings
 from llava_deploy.runtime.generation import GenerationLimits
 from llava_deploy.runtime.llava import Llava
 from llava_deploy.runtime.pictures import PictureSource
@@ -106,6 +106,15 @@ def answer_request(llava: Llava, request: Request, options: AnswerOptions, write
         sampling=options.sampling,
         stop=options.stop,
     )
+    return gathered(pieces, write)
+
+
+def gathered(pieces: Iterator[Piece], write: Callable[[str], None]) -> Answer:
+    """The whole answer of its pieces; ``write`` gets the text as it comes, and ends the answer by raising.
+
+    Raises:
+        BackendError: the pieces end without a reason.
+    """
     said: list[str] = []
     ids: list[int] = []
     last = None

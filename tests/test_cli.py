@@ -18,7 +18,10 @@ from llava_deploy.exporter.verify import VerifyReport
 from llava_deploy.runtime import Llava
 from llava_deploy.runtime.stages import StageResult
 
-COMMANDS = ("inspect", "plan", "export", "build", "run", "chat", "eval", "bench", "verify", "demo", "completion")
+COMMANDS = (
+    *("inspect", "plan", "export", "build", "run", "chat", "eval", "bench", "verify", "demo", "completion"),
+    "serve",
+)
 PROGRAM = [sys.executable, "-c", "from llava_deploy.cli import main; main(prog_name='llava-deploy')"]
 
 Invoke = Callable[..., Result]

@@ -1,0 +1,192 @@
+"""One line of JSON to a question that is known to be well-formed. Nothing of it is loaded or answered here."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llava_deploy.engines.errors import InputError, OptionError, PictureError, PromptError
+from llava_deploy.runtime.prompt import images_of
+from llava_deploy.runtime.sampling import SamplingOptions
+
+_SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+_KEYS = ("prompt", "messages", "images", "raw", "max_new_tokens", *_SAMPLING, "stop", "stream")
+_STOPS, _STOP_LENGTH = 16, 1000
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a request may ask for.
+
+    Attributes:
+        new_tokens: of one answer, at most.
+        default_new_tokens: where a request does not say.
+        images: of one request, at most.
+        pictures: the directory whose files a request may name; ``None``: pictures come as data URIs alone.
+    """
+
+    new_tokens: int
+    default_new_tokens: int
+    images: int
+    pictures: Path | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the model.
+
+    Attributes:
+        messages: as :meth:`Llava.chat` takes them, pictures as data URIs or bytes; ``None`` with ``raw``.
+        raw: a prompt to take as it is.
+        images: of ``raw``.
+        max_new_tokens: of the answer.
+        sampling: how tokens are chosen.
+        stop: texts that end the answer.
+        stream: the text as it comes, instead of all of it at the end.
+    """
+
+    messages: list[dict[str, Any]] | None
+    raw: str
+    images: tuple[str | bytes, ...]
+    max_new_tokens: int
+    sampling: SamplingOptions
+    stop: tuple[str, ...]
+    stream: bool
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """A line as the JSON object that it must be.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # of depth, Python's own limit
+        raise InputError(f"want one JSON object a line, in UTF-8; {_first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"want one JSON object a line, got {type(value).__name__}")
+    return value
+
+
+def is_health(value: Mapping[str, Any]) -> bool:
+    """Whether only the service's own state is asked for: ``{"health": true}`` and nothing else."""
+    if "health" in value and value != {"health": True}:
+        raise InputError('want {"health": true} by itself; ask the model in a line of its own')
+    return "health" in value
+
+
+def parse_question(value: Mapping[str, Any], allowed: Allowed) -> Question:
+    """A request, checked as far as that goes without the model.
+
+    Raises:
+        InputError: a key that is not known, or a value of another kind or outside of what is allowed.
+        PictureError: a picture's path that is not allowed, or cannot be read.
+    """
+    if unknown := sorted(set(value) - set(_KEYS)):
+        raise InputError(f"unknown: {', '.join(unknown)[:200]}; a request has {', '.join(_KEYS)}")
+    if ("prompt" in value) == ("messages" in value):
+        raise InputError("want either prompt or messages")
+    raw = _flag(value, "raw", default=False)
+    stream = _flag(value, "stream", default=True)
+    new_tokens = value.get("max_new_tokens", allowed.default_new_tokens)
+    if type(new_tokens) is not int or not 1 <= new_tokens <= allowed.new_tokens:
+        raise OptionError("max_new_tokens", f"want a whole number from 1 to {allowed.new_tokens}, got {new_tokens!r}")
+    sampling = SamplingOptions(**{name: value[name] for name in _SAMPLING if name in value})
+    messages, images = _asked(value, allowed)
+    prompt = value.get("prompt", "")
+    if raw and "prompt" not in value:
+        raise InputError("raw: only a prompt can be taken as it is; leave raw out with messages")
+    return Question(None if raw else messages, prompt, images, new_tokens, sampling, _stops(value), stream)
+
+
+def _asked(value: Mapping[str, Any], allowed: Allowed) -> tuple[list[dict[str, Any]], tuple[str | bytes, ...]]:
+    """The conversation with every picture ready to be loaded, and those pictures."""
+    if "prompt" in value:
+        if not isinstance(value["prompt"], str):
+            raise PromptError(f"prompt: want text, got {type(value['prompt']).__name__}")
+        given = value.get("images", [])
+        if not isinstance(given, list):
+            raise InputError(f"images: want a list of data URIs, got {type(given).__name__}")
+        _require_few(len(given), allowed)
+        ready = [_picture(source, f"image {index}", allowed) for index, source in enumerate(given)]
+        parts = [{"type": "image", "image": source} for source in ready]
+        return [{"role": "user", "content": [*parts, {"type": "text", "text": value["prompt"]}]}], tuple(ready)
+    if "images" in value:
+        raise InputError('images: with messages, a picture is a part {"type": "image", "image": …} of its message')
+    messages = value["messages"]
+    found = images_of(messages)  # which also says what is wrong with the form of any message
+    _require_few(len(found), allowed)
+    waiting = iter([_picture(source, f"image {index}", allowed) for index, source in enumerate(found)])
+    return [_with_pictures(message, waiting) for message in messages], ()
+
+
+def _with_pictures(message: Mapping[str, Any], waiting: Any) -> dict[str, Any]:
+    content = message["content"]
+    if not isinstance(content, str):
+        content = [{**part, "image": next(waiting)} if part["type"] == "image" else part for part in content]
+    return {**message, "content": content}
+
+
+def _require_few(count: int, allowed: Allowed) -> None:
+    if count > allowed.images:
+        raise PictureError(f"want at most {allowed.images} pictures in one request, got {count}")
+
+
+def _picture(source: object, name: str, allowed: Allowed) -> str | bytes:
+    """A data URI as it is, or the bytes of a file that lies in the allowed directory."""
+    if not isinstance(source, str):
+        raise PictureError(f"{name}: want a data URI, got {type(source).__name__}")
+    if source[:5].lower() == "data:":
+        return source
+    if allowed.pictures is None:
+        raise PictureError(f"{name}: want a data URI; this service reads no files (serve --pictures DIR lets it)")
+    return _read_within(allowed.pictures, source, name)
+
+
+def _read_within(directory: Path, path: str, name: str) -> bytes:
+    """A file's bytes; where it lies is asked of the opened file, so that no link can be changed in between."""
+    refused = f"{name}: want a picture file below the service's --pictures directory"
+    try:
+        handle = os.open(directory / path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except (OSError, ValueError) as error:
+        raise PictureError(f"{refused}; this one cannot be opened ({_first_line(error)})") from error
+    with os.fdopen(handle, "rb") as file:
+        if not Path(f"/proc/self/fd/{handle}").readlink().is_relative_to(directory.resolve()):
+            raise PictureError(f"{refused}; this one lies outside of it")
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_FILE:
+            raise PictureError(f"{refused}, of at most {_LARGEST_FILE:,} bytes; this one is not")
+        return file.read(_LARGEST_FILE)
+
+
+_LARGEST_FILE = 64 << 20
+
+
+def _flag(value: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    found = value.get(name, default)
+    if not isinstance(found, bool):
+        raise InputError(f"{name}: want true or false, got {found!r}"[:200])
+    return found
+
+
+def _stops(value: Mapping[str, Any]) -> tuple[str, ...]:
+    stops = value.get("stop", [])
+    if not (isinstance(stops, list) and all(isinstance(stop, str) and len(stop) <= _STOP_LENGTH for stop in stops)):
+        raise OptionError("stop", f"want a list of texts of at most {_STOP_LENGTH} characters")
+    if len(stops) > _STOPS:
+        raise OptionError("stop", f"want at most {_STOPS} texts, got {len(stops)}")
+    return tuple(stops)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
