@@ -12,12 +12,9 @@ import io
 import os
 import re
 import stat
-import threading
 import time
 import urllib.parse
-import warnings
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias, runtime_checkable
@@ -26,6 +23,7 @@ import numpy as np
 
 from llava_deploy.engines.errors import PictureError
 from llava_deploy.runtime.pixels import DAMAGED, array_to_rgb, cause_of, upright_rgb
+from llava_deploy.runtime.quiet_pillow import quiet_pillow
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,7 +34,10 @@ _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "AVI
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")
 _SETTLED = 2.0
 """Seconds: the coarsest clock of a file system that is about, FAT's."""
-_warnings_lock = threading.Lock()
+_DEFLATED = 1032
+"""Bytes that deflate makes of one at most (zlib's technical details, "maximum compression factor")."""
+_SHOWN = 90
+"""Characters of a path or URI in a message."""
 
 
 @runtime_checkable
@@ -173,7 +174,7 @@ def _from_data_uri(uri: str) -> Image.Image:
     head, comma, body = uri[5:].partition(",")
     if not comma:
         raise PictureError(f"{name}: want data:[type][;base64],DATA, found no comma; encode the picture again")
-    data = urllib.parse.unquote_to_bytes(body)
+    data = urllib.parse.unquote_to_bytes(body.encode("utf-8", "surrogatepass"))
     if head.lower().endswith(";base64"):
         try:
             data = base64.b64decode(b"".join(data.split()), validate=True)
@@ -206,9 +207,10 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
 
     if not file.read(1):
         raise PictureError(f"{name}: empty (0 bytes); write the picture again")
+    nbytes = file.seek(0, os.SEEK_END)
     file.seek(0)
     try:
-        with _quiet():
+        with quiet_pillow():
             opened = Image.open(file, formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise PictureError(f"{name}: too large by its header ({error}); scale it down first") from error
@@ -219,19 +221,21 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
     except DAMAGED as error:
         raise PictureError(f"{name}: its header is damaged ({cause_of(error)}); get the file again") from error
     with opened:
+        _check_claim(opened, nbytes, name)
         return upright_rgb(opened, name)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Pillow's warnings about the header in: what matters of them is an error here.
-
-    Python's warning filters are one list for all threads, hence the lock.
-    """
-    with _warnings_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _check_claim(opened: Image.Image, nbytes: int, name: str) -> None:
+    """Refuse a PNG that cannot hold what its header says: Pillow would make black pixels of all that is not there."""
+    width, height = opened.size
+    least = height * (1 + (width + 7) // 8)  # a filter's byte a row, and one bit a pixel
+    if opened.format == "PNG" and least > _DEFLATED * nbytes:
+        raise PictureError(
+            f"{name}: its header says {width} x {height} pixels, too large for the {nbytes} bytes that it has; "
+            "get the file again"
+        )
 
 
 def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:60] + "…")
+    """The beginning and the end, which of a path is the file's name."""
+    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN // 3]}…{text[-2 * _SHOWN // 3 :]}")

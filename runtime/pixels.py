@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llava_deploy.engines.errors import PictureError
+from llava_deploy.runtime.quiet_pillow import quiet_pillow
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,6 +34,9 @@ DAMAGED = (
 )
 """What Pillow raises on damaged files."""
 
+_BAND = 1 << 24
+"""Pixels that are made RGB at a time."""
+
 _EXIF_ORIENTATION = 0x0112
 _WHITE = (255, 255, 255, 255)
 
@@ -51,8 +55,10 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
     _check_size(image.size, name)
     try:
-        image.load()
-        return _upright(_to_rgb(image, name), _orientation(image))
+        with quiet_pillow():
+            image.load()
+            orientation = _orientation(image)
+        return _upright(_to_rgb(image, name), orientation)
     except PictureError:
         raise
     except (MemoryError, Image.DecompressionBombError) as error:
@@ -62,6 +68,21 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Band by band where it is large: what is between must not take the memory of the picture several times."""
+    from PIL import Image
+
+    width, height = image.size
+    rows = max(1, _BAND // width)
+    if rows >= height:
+        return _band_to_rgb(image, name)
+    whole = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(top + rows, height)))
+        whole.paste(_band_to_rgb(band, name), (0, top))
+    return whole
+
+
+def _band_to_rgb(image: Image.Image, name: str) -> Image.Image:
     from PIL import Image
 
     if image.mode.startswith("I"):  # 'I' is what Pillow makes of 16-bit PGM, 'I;16…' of 16-bit PNG and TIFF

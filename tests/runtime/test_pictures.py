@@ -317,3 +317,25 @@ def test_the_digest_tells_pixels_and_size_apart(pixels):
     digests = {picture_digest(Image.fromarray(p)) for p in (pixels, changed, pixels.reshape(7, 5, 3), pixels[:4])}
     assert len(digests) == 4
     assert picture_digest(Image.new("RGB", (1, 1))).hex() == "eb0ab32c62010a4c8ca01afbb63a3d41"
+
+
+def test_a_long_path_is_named_by_its_beginning_and_its_end(tmp_path):
+    directory = tmp_path / ("x" * 100) / ("y" * 100)
+    directory.mkdir(parents=True)
+    refused(directory / "missing.png", "missing.png", "…", str(tmp_path)[:10])
+    uri = "data:image/png;base64," + "A" * 5000
+    with pytest.raises(PictureError) as caught:
+        load_picture(uri)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_png_that_cannot_hold_its_pixels_is_refused_before_decoding(monkeypatch):
+    whole = encode(Image.new("1", (4000, 4000)))
+    assert load_picture(whole).size == (4000, 4000)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
+    refused(png_header(12_000, 12_000), "too large for the", "12000 x 12000")
+
+
+def test_a_data_uri_with_half_a_character_is_refused():
+    refused("data:image/png,\ud83d", "not a picture")
+    refused("data:image/png;base64,AAAA\ud83d", "not base64")
