@@ -22,10 +22,11 @@ from measuring import circumstances, save, token_windows
 
 from llava_deploy.exporter.checkpoint import Checkpoint, open_checkpoint
 from llava_deploy.exporter.config import EMBED_TOKENS
-from llava_deploy.exporter.quantization.awq.layers import head_sharing, layer_prefix, load_layer, run_layer
+from llava_deploy.exporter.quantization.awq.layers import head_sharing, run_layer
 from llava_deploy.exporter.quantization.awq.moments import relative_error
 from llava_deploy.exporter.quantization.awq.scales import FOLDS, INPUT_FOLD, MLP_FOLD
 from llava_deploy.exporter.quantization.stored import with_stored_decoder
+from llava_deploy.exporter.reference.torch_decoder import layer_prefix, load_layer
 
 CPU = torch.device("cpu")
 Weights = Mapping[str, torch.Tensor]

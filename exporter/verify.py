@@ -16,17 +16,18 @@ import torch
 from PIL import Image
 
 from llava_deploy.engines.contract import hidden_state_name, past_name
-from llava_deploy.engines.errors import InputError, OptionError
+from llava_deploy.engines.errors import OptionError
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH
 from llava_deploy.exporter.checkpoint import Checkpoint
-from llava_deploy.exporter.graphs import decoder_shape, vision_shape
 from llava_deploy.exporter.halves import TOWER_FEATURES
 from llava_deploy.exporter.inner_values import all_outputs
+from llava_deploy.exporter.made_from import require_sizes_of
 from llava_deploy.exporter.quantization.held import quantized_in_decoder
 from llava_deploy.exporter.quantization.stored import with_stored_decoder
 from llava_deploy.exporter.reference.pixels import reference_pixels
 from llava_deploy.exporter.reference.splice import SpliceOptions
 from llava_deploy.exporter.reference.splice import splice as reference_splice
+from llava_deploy.exporter.reference.torch_decoder import greedy_answer
 from llava_deploy.exporter.reference.torch_model import TorchLlava, exact_float32, load_torch
 from llava_deploy.runtime import Llava
 from llava_deploy.runtime.backend import step_mask, step_positions
@@ -136,14 +137,7 @@ def verify_loaded(
     Raises:
         InputError: the bundle was made from a model of other sizes.
     """
-    precision = llava.manifest.model.precision
-    shapes = (vision_shape(checkpoint.config, precision), decoder_shape(checkpoint.config, precision))
-    if shapes != (llava.manifest.vision, llava.manifest.decoder):
-        raise InputError(
-            f"{llava.directory}: made from a model of other sizes than {checkpoint.directory} "
-            f"({llava.manifest.model.decoder}; {llava.manifest.model.vision}); give the checkpoint that it was "
-            "exported from"
-        )
+    require_sizes_of(checkpoint, llava.directory, llava.manifest)
     stages = []
     with torch.inference_mode(), exact_float32():
         for result in _stages(llava, checkpoint, options):
@@ -240,7 +234,8 @@ def _answer_stages(
     llava: Llava, model: TorchLlava, options: VerifyOptions, embeds: torch.Tensor, tolerance: float
 ) -> Iterator[StageResult]:
     """PyTorch's greedy answer: logits of what is loaded along it, and its own answer."""
-    want, wanted = _greedy(llava, model, embeds, options.max_new_tokens)
+    answer = greedy_answer(model.decoder, embeds, llava.manifest.chat.stop_token_ids, options.max_new_tokens)
+    want, wanted = answer.token_ids, answer.logits
     along = want[: llava.max_len + 1 - embeds.shape[1]]
     images = [[load_picture(options.picture)]]
     found = np.concatenate([row.copy() for row in llava.logits_along([options.prompt], images, [along])])
@@ -251,23 +246,6 @@ def _answer_stages(
     logits = wanted.float().cpu().numpy()
     noise = float(np.abs(found - logits[: len(along)]).max())
     yield _token_stage(llava, options, want, logits, noise)
-
-
-def _greedy(llava: Llava, model: TorchLlava, embeds: torch.Tensor, most: int) -> tuple[tuple[int, ...], torch.Tensor]:
-    """PyTorch's answer, and the logits ``[tokens, vocab]`` that each of its tokens was chosen from."""
-    stop = list(llava.manifest.chat.stop_token_ids)
-    decoder: Any = model.decoder  # generate's own annotations know no LlamaForCausalLM
-    output = decoder.generate(
-        inputs_embeds=embeds,
-        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-        max_new_tokens=most,
-        do_sample=False,
-        eos_token_id=stop,
-        pad_token_id=stop[0] if stop else 0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return tuple(output.sequences[0].tolist()), torch.cat(output.logits).float()
 
 
 def _token_stage(

@@ -78,10 +78,15 @@ def exact_float32() -> Iterator[None]:
 def load_torch(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> TorchLlava:
     """Build the model; needs memory for all its weights in ``dtype``."""
     vision = load_vision(checkpoint, dtype)
+    return TorchLlava(vision.config, vision.tower, vision.projector, load_decoder(checkpoint, dtype))
+
+
+def load_decoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """Build the language model; no tensor of the tower or the projector is read."""
     with torch.device("meta"):
         decoder = LlamaForCausalLM(llama_config(checkpoint.config.decoder))
     fill(decoder, checkpoint.tensors, dtype, _decoder_name)
-    return TorchLlava(vision.config, vision.tower, vision.projector, decoder.eval())
+    return decoder.eval()
 
 
 def load_vision(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> TorchVision:

@@ -29,8 +29,8 @@ from llava_deploy.exporter.quantization.awq.scales import (
     settled_in_norm,
 )
 from llava_deploy.exporter.quantization.weight import QuantizedWeight, WeightFormat
-from llava_deploy.exporter.reference.torch_model import fill, llama_config
-from llava_deploy.exporter.sources.tensors import TensorSource
+from llava_deploy.exporter.reference.torch_decoder import layer_prefix
+from llava_deploy.exporter.reference.torch_model import llama_config
 
 
 @dataclass(frozen=True)
@@ -64,21 +64,6 @@ class QuantizedLayer:
     weights: Mapping[str, QuantizedWeight]
     floats: Mapping[str, np.ndarray]
     report: tuple[LinearReport, ...]
-
-
-def layer_prefix(index: int) -> str:
-    """What the canonical names of a layer's tensors begin with."""
-    return f"language_model.layers.{index}."
-
-
-def load_layer(
-    config: DecoderConfig, tensors: Mapping[str, TensorSource], index: int, device: torch.device
-) -> LlamaDecoderLayer:
-    """transformers' layer with the checkpoint's weights, float32."""
-    with torch.device("meta"):
-        layer = LlamaDecoderLayer(llama_config(config), index)
-    fill(layer, tensors, torch.float32, lambda name: layer_prefix(index) + name)
-    return layer.eval().to(device)
 
 
 def run_layer(

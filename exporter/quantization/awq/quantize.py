@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +17,12 @@ from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.halves import decoder_linears
 from llava_deploy.exporter.quantization.awq.calibration import CalibrationSample
 from llava_deploy.exporter.quantization.awq.embeddings import embed_samples
-from llava_deploy.exporter.quantization.awq.layers import LinearReport, load_layer, quantize_layer, run_layer
+from llava_deploy.exporter.quantization.awq.layers import LinearReport, quantize_layer, run_layer
 from llava_deploy.exporter.quantization.awq.state import WorkDirectory, open_work
 from llava_deploy.exporter.quantization.plan import require_float, with_head
 from llava_deploy.exporter.quantization.request import QuantizeOptions
 from llava_deploy.exporter.quantization.rtn import require_form
+from llava_deploy.exporter.reference.torch_decoder import load_layer, require_device_name, torch_device
 
 _VERSION = 1
 """Of the search: a run is not picked up by another version."""
@@ -45,8 +45,7 @@ class AwqOptions:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise OptionError("max_tokens", f"want 1 or more, got {self.max_tokens}")
-        if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device, re.ASCII):
-            raise OptionError("device", f"want cpu, cuda or cuda:NUMBER, got {self.device!r}")
+        require_device_name(self.device)
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def awq(
         require_form(source.shape, form, f"{source.origin}, {name!r}")
     if not samples:
         raise InputError("samples: want one calibration prompt at least, got none")
-    device = _device(options.device)
+    device = torch_device(options.device)
     layers = checkpoint.config.decoder.num_hidden_layers
     tensors = dict(checkpoint.tensors)
     with open_work(work, _fingerprint(checkpoint, options, samples)) as state, torch.inference_mode():
@@ -145,13 +144,6 @@ def _require_finite(hidden: Sequence[torch.Tensor], samples: Sequence[Calibratio
             raise CheckpointError(
                 f"{what}: NaN or infinite for {sample.origin}; the checkpoint is damaged, take it from its source again"
             )
-
-
-def _device(name: str) -> torch.device:
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError("device", f"want {name}, torch finds {torch.cuda.device_count()} CUDA devices; take cpu")
-    return device
 
 
 def _fingerprint(checkpoint: Checkpoint, options: AwqOptions, samples: Sequence[CalibrationSample]) -> dict[str, Any]:

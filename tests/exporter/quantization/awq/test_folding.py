@@ -11,6 +11,7 @@ import torch
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.quantization.awq import layers, scales
 from llava_deploy.exporter.quantization.awq.scales import FOLDS, Choice, settled_in_norm
+from llava_deploy.exporter.reference.torch_decoder import load_layer
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,7 @@ def _no_gradients() -> Iterator[None]:
 def loaded(checkpoint: Checkpoint) -> tuple[Any, list[torch.Tensor], dict[str, Any]]:
     """The second layer, what comes out of it, and the moments of its inputs, whose channels differ in size."""
     config = checkpoint.config.decoder
-    layer = layers.load_layer(config, checkpoint.tensors, 1, CPU)
+    layer = load_layer(config, checkpoint.tensors, 1, CPU)
     hidden = states(config.hidden_size)
     moments = layers.run_layer(layer, config, hidden, CPU)
     return layer, hidden, moments

@@ -18,10 +18,10 @@ from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.config import LM_HEAD
 from llava_deploy.exporter.halves import decoder_linears
 from llava_deploy.exporter.quantization.awq.embeddings import embed_samples
-from llava_deploy.exporter.quantization.awq.layers import layer_prefix
 from llava_deploy.exporter.quantization.awq.quantize import awq, read_report
 from llava_deploy.exporter.quantization.plan import round_to_nearest
 from llava_deploy.exporter.quantization.weight import QuantizedSource
+from llava_deploy.exporter.reference.torch_decoder import layer_prefix
 from llava_deploy.exporter.reference.torch_model import load_torch
 from llava_deploy.exporter.sources.tensors import TensorSource
 
