@@ -59,8 +59,9 @@ class RoundLinearsToInt8(ir.passes.InPlacePass):
         if by_input:
             graph.opset_imports.setdefault(_DOMAIN, 1)
         roundings: dict[_Weight, tuple[ir.Value, ir.Value]] = {}
-        for x, linears in by_input.items():
-            rounded = _round_rows(graph, x, linears)
+        leading = _Leading()
+        for linears in by_input.values():
+            rounded = _round_rows(graph, linears, leading)
             for linear in linears:
                 _lower(graph, linear, rounded, roundings)
         return ir.passes.PassResult(model, modified=bool(by_input))
@@ -69,19 +70,25 @@ class RoundLinearsToInt8(ir.passes.InPlacePass):
 @dataclass(frozen=True)
 class _Linear:
     product: ir.Node
-    x: ir.Value
     maker: ir.Node | None
     """What makes the weight of :attr:`constants`; ``None`` where it is a constant itself."""
     constants: _Weight
 
+    @property
+    def x(self) -> ir.Value:
+        """What is multiplied now: where it was a linear layer's result itself, what has taken its place."""
+        (x, _) = self.product.inputs
+        if x is None:
+            raise ir.passes.InvariantError(f"{self.product.name!r}: want two inputs")
+        return x
+
 
 @dataclass(frozen=True)
 class _Rows:
-    """``x`` in integers: rows ``[rows, in]``, scales ``[rows, 1]``, and the sizes of ``x`` but the last."""
+    """``x`` in integers, ``[…, in]``, and the scales of its rows, ``[…, 1]``."""
 
     integers: ir.Value
     scales: ir.Value
-    leading: ir.Value
 
 
 def _linear(node: ir.Node) -> _Linear | None:
@@ -92,7 +99,7 @@ def _linear(node: ir.Node) -> _Linear | None:
     if x is None or weight is None or x.dtype != ir.DataType.FLOAT or x.const_value is not None:
         return None
     if constant_shape(weight) is not None:
-        return _Linear(node, x, None, (weight,)) if _is_float_matrix(weight) else None
+        return _Linear(node, None, (weight,)) if _is_float_matrix(weight) else None
     maker = weight.producer()
     if maker is None or maker.domain != "":
         return None
@@ -101,8 +108,8 @@ def _linear(node: ir.Node) -> _Linear | None:
         return None
     if maker.op_type == "Transpose":
         turned = tuple(maker.attributes.get_ints("perm", [1, 0])) == (1, 0)
-        return _Linear(node, x, maker, constants) if turned and _is_float_matrix(constants[0]) else None
-    return _Linear(node, x, maker, constants) if _is_dequantized(maker, constants) else None
+        return _Linear(node, maker, constants) if turned and _is_float_matrix(constants[0]) else None
+    return _Linear(node, maker, constants) if _is_dequantized(maker, constants) else None
 
 
 def _is_float_matrix(value: ir.Value) -> bool:
@@ -120,18 +127,50 @@ def _is_dequantized(node: ir.Node, constants: _Weight) -> bool:
     return is_blocked or (axis in (1, -1) and all(each == sizes[1:] for each in others))
 
 
-def _round_rows(graph: ir.Graph, x: ir.Value, linears: Sequence[_Linear]) -> _Rows:
+class _Leading:
+    """The sizes of activations but the last. Most of a graph have the same: what follows from them is made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[object, ...], ir.Value] = {}
+
+    def zero_points(self, op: NodeList, x: ir.Value, by_row: ir.Value) -> ir.Value:
+        """One for each row: QuantizeLinear wants as many as there are scales."""
+        key = (*_sizes(x), "zero points")
+        if key not in self._made:
+            zero = op.scalar(_ZERO_POINT, ir.DataType.UINT8)
+            self._made[key] = op.add("Expand", zero, op.add("Shape", by_row))
+        return self._made[key]
+
+    def restored(self, op: NodeList, x: ir.Value, rows: ir.Value, last: int) -> ir.Value:
+        """``rows``, as many as ``x`` has, in its axes but for the last, which has this size."""
+        sizes = _sizes(x)
+        if sum(not isinstance(size, int) for size in sizes) < 2:
+            return op.add("Reshape", rows, op.integers([*(s if isinstance(s, int) else -1 for s in sizes), last]))
+        leading, key = (*sizes, "leading"), (*sizes, last)
+        if leading not in self._made:
+            self._made[leading] = op.add("Shape", x, start=0, end=-1)
+        if key not in self._made:
+            self._made[key] = op.add("Concat", self._made[leading], op.integers([last]), axis=0)
+        return op.add("Reshape", rows, self._made[key])
+
+
+def _sizes(x: ir.Value) -> tuple[object, ...]:
+    """Sizes but the last, numbers or names; what only ``x`` has where one is neither."""
+    sizes = () if x.shape is None else tuple(s if isinstance(s, int) else s.value for s in x.shape)[:-1]
+    return (x, None) if None in sizes or not sizes else sizes
+
+
+def _round_rows(graph: ir.Graph, linears: Sequence[_Linear], leading: _Leading) -> _Rows:
+    x = linears[0].x
     op = NodeList(graph, f"{x.name}.int8")
     width = _columns(linears[0], 0)
     flat = op.add("Reshape", x, op.integers([-1, width]))
-    largest = op.add("ReduceMax", op.add("Abs", flat), op.integers([-1]), keepdims=1)  # [rows, 1]
-    scales = op.add("Max", op.add("Mul", largest, op.float32(1 / _LARGEST)), op.float32(_SMALLEST_SCALE))
-    by_row = op.add("Reshape", scales, op.integers([-1]))
-    zero_points = op.add("Expand", op.scalar(_ZERO_POINT, ir.DataType.UINT8), op.add("Shape", by_row))
-    integers = op.add("QuantizeLinear", flat, by_row, zero_points, axis=0)
-    leading = op.add("Shape", x, start=0, end=-1)
+    largest = op.add("ReduceMax", op.add("Abs", flat), op.integers([-1]), keepdims=0)
+    by_row = op.add("Max", op.add("Mul", largest, op.float32(1 / _LARGEST)), op.float32(_SMALLEST_SCALE))  # [rows]
+    rounded = op.add("QuantizeLinear", flat, by_row, leading.zero_points(op, x, by_row), axis=0)  # [rows, in]
+    rows = _Rows(leading.restored(op, x, rounded, width), leading.restored(op, x, by_row, 1))
     op.insert_before(linears[0].product)
-    return _Rows(integers, scales, leading)
+    return rows
 
 
 def _lower(graph: ir.Graph, linear: _Linear, rows: _Rows, roundings: dict[_Weight, tuple[ir.Value, ir.Value]]) -> None:
@@ -145,9 +184,7 @@ def _lower(graph: ir.Graph, linear: _Linear, rows: _Rows, roundings: dict[_Weigh
     weight, scale = roundings[linear.constants]
     one, zero = op.float32(1.0), op.scalar(_ZERO_POINT, ir.DataType.UINT8)
     product = op.add_of(_DOMAIN, "MatMulIntegerToFloat", rows.integers, weight, one, scale, zero)
-    scaled = op.add("Mul", product, rows.scales)
-    sizes = op.add("Concat", rows.leading, op.integers([_columns(linear, 1)]), axis=0)
-    op.take_place_of(linear.product, op.add("Reshape", scaled, sizes))
+    op.take_place_of(linear.product, op.add("Mul", product, rows.scales))
     if linear.maker is not None and not linear.maker.outputs[0].uses():
         graph.remove(linear.maker, safe=True)
     for value in linear.constants:

@@ -128,6 +128,52 @@ def test_results_are_near_the_floats(run_model: Run, kind: str, data: st.DataObj
             )
 
 
+@pytest.mark.parametrize(
+    ("named", "sizes"),
+    [
+        (["images", 5], (3, 5)),
+        (["batch", "seq"], (2, 7)),
+        ([None, None], (2, 7)),
+        (["batch"], (4,)),
+        ([None, 3, "seq"], (2, 3, 4)),
+        (None, (2, 7)),
+    ],
+)
+def test_sizes_that_are_known_when_it_runs(run_model: Run, named: Any, sizes: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(1)
+    parts = [plain(rng, 64, columns, f"w{columns}") for columns in (8, 40)]
+    model = model_of(parts, [*(named or sizes), 64])
+    if named is None:
+        model.graph.inputs[0].shape = None
+    assert RoundLinearsToInt8()(model).modified
+    x = (rng.standard_normal((*sizes, 64)) * rng.uniform(1e-3, 1e3, (*sizes, 1))).astype(np.float32)
+    for (*_, floats), found in zip(parts, run_model(model, {"x": x}).values(), strict=True):
+        want = x @ floats
+        assert found.shape == want.shape
+        assert (np.abs(found - want) <= 0.02 * np.linalg.norm(floats) * np.abs(x).max(-1, keepdims=True)).all()
+
+
+@pytest.mark.parametrize(("named", "expands"), [(["batch", "seq"], 1), ([None, "seq"], 3), (["batch", 7], 1)])
+def test_what_rows_have_in_common_is_made_once(run_model: Run, named: Any, expands: int) -> None:
+    rng = np.random.default_rng(2)
+    x = ir.Value(name="x", shape=ir.Shape([*named, 64]), type=ir.TensorType(FLOAT))
+    nodes, weights, value = [], [], x
+    for index in range(3):
+        constants, _, weight, _ = plain(rng, 64, 64, f"w{index}")
+        node = ir.node("MatMul", [value, weight], name=f"n{index}")
+        value = node.outputs[0]
+        value.name, value.shape, value.type = f"y{index}", ir.Shape([*named, 64]), ir.TensorType(FLOAT)
+        nodes.append(node)
+        weights += constants
+    graph = ir.Graph([x], [value], nodes=nodes, initializers=weights, opset_imports={"": 24}, name="chain")
+    model = ir.Model(graph, ir_version=10)
+    RoundLinearsToInt8()(model)
+    assert [node.op_type for node in model.graph].count("Expand") == expands
+    feed = rng.standard_normal((2, 7, 64)).astype(np.float32)
+    want = feed @ np.linalg.multi_dot([weight.const_value.numpy() for weight in weights if weight.const_value])
+    assert spread(run_model(model, {"x": feed})["y2"], want) < 0.05
+
+
 def test_weights_of_eight_bits_a_column_are_taken_as_they_are(run_model: Run) -> None:
     rng = np.random.default_rng(0)
     inputs, nodes, weight, _ = dequantized("columns")(rng, 64, 16, "w")
