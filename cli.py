@@ -16,6 +16,7 @@ from llava_deploy.engines.names import (
     Int8Part,
     Precision,
 )
+from llava_deploy.exporter.command_record import goldens_of, goldens_option, record
 from llava_deploy.exporter.command_source import (
     OF_CHECKPOINTS,
     Source,
@@ -24,6 +25,7 @@ from llava_deploy.exporter.command_source import (
     source_options,
 )
 from llava_deploy.exporter.quantization.request import QuantizeRequest
+from llava_deploy.runtime.command_archive import describe_archive, pack, unpack
 from llava_deploy.runtime.command_bench import BenchRequest, bench_options, run_bench
 from llava_deploy.runtime.command_build import TensorRtRequest, refuse_tensorrt_options, tensorrt_options
 from llava_deploy.runtime.command_eval import EvalRequest, eval_options
@@ -76,13 +78,17 @@ def main() -> None:
 @source_options
 @json_option
 def inspect(source: Source, as_json: bool) -> None:
-    """Say what a checkpoint or a bundle is.
+    """Say what a checkpoint, a bundle or an archive is.
 
     Of a checkpoint, everything that an export would use, and what it would leave out.
     """
     from llava_deploy.engines.manifest import MANIFEST_NAME, read_manifest
     from llava_deploy.runtime import terminal
 
+    if source.directory.is_file():
+        refuse_given("of no effect on an archive", *OF_CHECKPOINTS)
+        terminal.show(describe_archive(source.directory, as_json=as_json))
+        return
     if (source.directory / MANIFEST_NAME).is_file():
         refuse_given("of no effect on a bundle", *OF_CHECKPOINTS)
         manifest = read_manifest(source.directory)
@@ -141,6 +147,7 @@ def plan(source: Source, request: PlanRequest) -> None:
 @click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", show_default=True)
 @quantizing_options
 @_accuracy_level
+@goldens_option
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 def export(
     source: Source,
@@ -148,6 +155,7 @@ def export(
     precision: Precision,
     quantizing: QuantizeRequest,
     accuracy_level: AccuracyLevel | None,
+    goldens: bool,
     force: bool,
 ) -> None:
     """Turn a checkpoint into a bundle.
@@ -158,6 +166,9 @@ def export(
     int4 rounds the decoder's weights to the nearest step, or keeps those of a checkpoint that is quantised already;
     int4-awq searches steps that suit the activations of calibration prompts, layer by layer. What it has found is in
     BUNDLE.awq until the export is done: after a stop, the same command goes on from there.
+
+    With --goldens the bundle also carries PyTorch's answers to a few questions, for a self-test where it runs; see
+    record, which adds them later. An export of floats without them neither needs PyTorch nor memory for a model.
     """
     from llava_deploy.runtime import terminal
 
@@ -440,4 +451,6 @@ def completion(shell: str) -> None:
     click.echo(kind(main, {}, PROGRAM, f"_{PROGRAM}_COMPLETE".replace("-", "_").upper()).source())
 
 
+main.add_command(pack)
+main.add_command(unpack)
 main.add_command(serve)

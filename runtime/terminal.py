@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llava_deploy.engines.engine_manifest import ENGINES
+from llava_deploy.engines.goldens import has_goldens
 from llava_deploy.engines.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -104,29 +105,38 @@ def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
 
 def bundle_facts(directory: Path, manifest: Manifest) -> Table:
     """Everything that a person wants to know of a bundle."""
-    model, vision, decoder = manifest.model, manifest.vision, manifest.decoder
-    chat = manifest.chat
     engines = sorted(path.parent.name for path in (directory / ENGINES).glob("[!.]*/engine.json"))
-    limit = manifest.splice.model_max_length
-    return facts(
-        f"Bundle {directory}",
-        [
-            ("model", f"{model.name} ({model.layout} layout), {model.parameters:,} parameters, {model.precision}"),
-            ("vision", model.vision),
-            ("projector", model.projector),
-            ("decoder", model.decoder),
-            (
-                "context",
-                f"{decoder.max_positions} tokens, {vision.patches} a picture"
-                + ("" if limit is None else f"; prompts up to {limit}"),
-            ),
-            ("pictures", picture_steps(dataclasses.asdict(manifest.image))),
-            ("prompts", prompt_form(dataclasses.asdict(chat))),
-            ("files", f"{len(manifest.files)}, {size(sum(entry.size for entry in manifest.files))}"),
-            ("engines", ", ".join(engines) if engines else "none; llava-deploy build makes one"),
-            ("made with", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
-        ],
-    )
+    rest = [("engines", ", ".join(engines) if engines else "none; llava-deploy build makes one")]
+    return facts(f"Bundle {directory}", _model_facts(manifest, rest))
+
+
+def archive_facts(archive: Path, manifest: Manifest, packed: int, engines: Sequence[str]) -> Table:
+    """Likewise of an archive of ``packed`` bytes."""
+    rest = [("packed", size(packed)), ("engines", ", ".join(engines) if engines else "none")]
+    return facts(f"Archive {archive}", _model_facts(manifest, rest))
+
+
+def _model_facts(manifest: Manifest, rest: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    model, vision, decoder = manifest.model, manifest.vision, manifest.decoder
+    limit, left_out = manifest.splice.model_max_length, manifest.left_out
+    return [
+        ("model", f"{model.name} ({model.layout} layout), {model.parameters:,} parameters, {model.precision}"),
+        ("vision", model.vision),
+        ("projector", model.projector),
+        ("decoder", model.decoder),
+        (
+            "context",
+            f"{decoder.max_positions} tokens, {vision.patches} a picture"
+            + ("" if limit is None else f"; prompts up to {limit}"),
+        ),
+        ("pictures", picture_steps(dataclasses.asdict(manifest.image))),
+        ("prompts", prompt_form(dataclasses.asdict(manifest.chat))),
+        ("files", f"{len(manifest.files)}, {size(sum(entry.size for entry in manifest.files))}"),
+        *([("left out", ", ".join(entry.path for entry in left_out))] if left_out else []),
+        ("goldens", "in it" if has_goldens(manifest) else "none"),
+        *rest,
+        ("made with", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
+    ]
 
 
 def picture_steps(image: Mapping[str, Any]) -> str:

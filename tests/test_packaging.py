@@ -89,7 +89,7 @@ def test_licence_readme_and_command(wheel: zipfile.ZipFile, metadata: Message) -
 
 def test_the_base_install_is_the_runtime(metadata: Message) -> None:
     wanted = requirements(metadata)
-    assert wanted[""] == {"click", "jinja2", "numpy", "pillow", "rich", "tokenizers"}
+    assert wanted[""] == {"click", "jinja2", "numpy", "pillow", "rich", "tokenizers", "zstandard"}
     assert not wanted[""] & NEVER_IN_BASE
     assert wanted["cpu"] == {"onnxruntime"}
     assert wanted["gpu"] == {"onnxruntime-gpu"}

@@ -43,7 +43,7 @@ THIRD_PARTY = {
     "cli.py": {"click"},
     "engines": {"numpy", "onnxruntime"},
     "engines/lowering": {"numpy", "onnx_ir"},
-    "runtime": {"numpy", "tokenizers", "PIL", "jinja2", "click", "rich", "onnxruntime"},
+    "runtime": {"numpy", "tokenizers", "PIL", "jinja2", "click", "rich", "onnxruntime", "zstandard"},
     "exporter": {"numpy", "tokenizers", "PIL", "click", "rich", "onnxruntime", *EXPORT_ONLY} - {"peft"},
 }
 RUNTIME_MAY = {f"{PACKAGE}.engines.{name}" for name in GROUND_FLOOR if name not in ("rewriting", "nibbles")}
@@ -263,7 +263,7 @@ def test_importing_the_base_install_changes_nothing(child_environment: dict[str,
     names = sorted(name for name, path in MODULES.items() if room(path) in base and not lowers(path))
     script = f"""
 import importlib, logging, os, sys, threading, warnings
-import click, jinja2.sandbox, numpy, onnxruntime, PIL.Image, rich.progress, tokenizers
+import click, jinja2.sandbox, numpy, onnxruntime, PIL.Image, rich.progress, tokenizers, zstandard
 def state():
     root = logging.getLogger()
     return {{
