@@ -117,12 +117,13 @@ def serve(bundle: Path, request: ServeRequest) -> None:
         raise OptionError("pictures", f"want a directory, found none at {request.pictures}")
     with claimed(request.socket):
         llava = load_bundle(bundle, request.backend, request.max_len, request.threads)
-        say(f"listening on {request.socket}")
         log = _silent if quiet() else functools.partial(click.secho, err=True, dim=True)
         service = Service(llava, request.options(), log)
+        listener = listen(request.socket, request.mode)
+        say(f"listening on {request.socket}")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: service.stop())
-        ended = service.run(listen(request.socket, request.mode), functools.partial(notify, os.environ))
+        ended = service.run(listener, functools.partial(notify, os.environ))
     if not ended:
         # The model computes on in its thread, which the interpreter cannot end without waiting for it.
         sys.stderr.flush()

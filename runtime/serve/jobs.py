@@ -134,11 +134,14 @@ class Answerer:
         answering, _ = self._room.counts()
         return time.monotonic() - self._stepped if answering else 0.0
 
-    def stop(self, grace: float) -> bool:
-        """Let the answer that is under way end within ``grace`` seconds, or else break it off; whether it ended."""
+    def stop(self, grace: float, more: float) -> bool:
+        """Let the answer that is under way end, from ``grace`` seconds on break it off; whether it has ended then.
+
+        Breaking off waits for the step that is computed, ``more`` seconds at most.
+        """
         self._thread.join(grace)
         self._abort.set()
-        self._thread.join(grace)
+        self._thread.join(more)
         return not self._thread.is_alive()
 
     def _run(self) -> None:

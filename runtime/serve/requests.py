@@ -156,13 +156,16 @@ def _read_within(directory: Path, path: str, name: str) -> bytes:
         handle = os.open(directory / path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except (OSError, ValueError) as error:
         raise PictureError(f"{refused}; this one cannot be opened ({_first_line(error)})") from error
-    with os.fdopen(handle, "rb") as file:
+    try:
         if not Path(f"/proc/self/fd/{handle}").readlink().is_relative_to(directory.resolve()):
             raise PictureError(f"{refused}; this one lies outside of it")
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_FILE:
             raise PictureError(f"{refused}, of at most {_LARGEST_FILE:,} bytes; this one is not")
-        return file.read(_LARGEST_FILE)
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read(_LARGEST_FILE)
+    finally:
+        os.close(handle)
 
 
 _LARGEST_FILE = 64 << 20

@@ -8,7 +8,8 @@ import queue
 import select
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 _TICK = 0.5
 """Seconds between two looks at what only time changes."""
-_GRACE = 4.0
+_GRACE = (3.0, 2.0)
 """Seconds that an answer has to end by itself when the service stops, and then to be broken off."""
 
 
@@ -65,6 +66,9 @@ class Service:
         self._answerer = Answerer(llava, self._room, log, self.stop)
         self._clients = threading.BoundedSemaphore(options.clients)
         self._stopping = threading.Event()
+        self._quiet = threading.Condition()
+        self._talking = 0
+        """Requests whose last line is not sent yet."""
         self._began = time.monotonic()
 
     def stop(self) -> None:
@@ -94,10 +98,9 @@ class Service:
                     self._accept(listener)
         tell("STOPPING=1")
         self._room.close()
-        ended = self._answerer.stop(_GRACE)
-        # What was said last still has to reach the clients.
-        for _ in range(min(self._options.clients, threading.active_count())):
-            self._clients.acquire(timeout=0.1)
+        ended = self._answerer.stop(*_GRACE)
+        with self._quiet:  # what was said last still has to reach the clients
+            self._quiet.wait_for(lambda: not self._talking, _TICK)
         if self._answerer.gave_up:
             raise BackendError(f"{FAILURES_IN_A_ROW} answers in a row failed; start the service again, and see doctor")
         return ended
@@ -129,11 +132,28 @@ class Service:
                         if line is None:
                             return
                         if line.strip():
-                            self._take(line, lines)
+                            with self._talk():
+                                self._take(line, lines)
                     except (LineError, InputError) as error:
                         lines.send(_encoded(failure(str(error), "bad-request")))
+                    except ClientGoneError:
+                        return
+                    except Exception as error:  # noqa: BLE001 (a client is told, and others are not disturbed)
+                        traceback.print_exc()
+                        lines.send(_encoded(failure(f"{type(error).__name__}: {error}", "failed")))
         finally:
             self._clients.release()
+
+    @contextlib.contextmanager
+    def _talk(self) -> Iterator[None]:
+        with self._quiet:
+            self._talking += 1
+        try:
+            yield
+        finally:
+            with self._quiet:
+                self._talking -= 1
+                self._quiet.notify()
 
     def _take(self, line: bytes, lines: Lines) -> None:
         value = parse_line(line)

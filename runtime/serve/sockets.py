@@ -60,9 +60,11 @@ def claimed(path: Path) -> Iterator[None]:
         if _answers(path):
             raise busy  # something that takes no lock of ours
         path.unlink(missing_ok=True)
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
     finally:
-        path.unlink(missing_ok=True)
         name.unlink(missing_ok=True)
         os.close(lock)
 
