@@ -148,9 +148,22 @@ def read_engine_manifest(directory: Path, *, remedy: str = "build it again with:
     """
     where = directory / ENGINE_MANIFEST
     try:
-        data = json.loads(where.read_text(encoding="utf-8"))
+        content = where.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{where}: cannot be read ({error}); {remedy}") from error
+    return parse_engine_manifest(content, where=str(where), remedy=remedy)
+
+
+def parse_engine_manifest(content: bytes, *, where: str, remedy: str) -> EngineManifest:
+    """The manifest that the bytes of an ``engine.json`` are; ``where`` it is begins an error's message.
+
+    Raises:
+        BundleError: as :func:`read_engine_manifest`.
+    """
+    try:
+        data = json.loads(content.decode("utf-8"))
         manifest: EngineManifest = from_plain(EngineManifest, data, "engine")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise BundleError(f"{where}: cannot be read ({error}); {remedy}") from error
     if manifest.format_version != ENGINE_FORMAT_VERSION:
         raise BundleError(
