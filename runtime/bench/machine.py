@@ -9,11 +9,12 @@ import re
 from pathlib import Path
 
 from llava_deploy.engines.names import Backend
+from llava_deploy.engines.processor import CPUINFO, count_physical_cores, processor_name, read_fields
 from llava_deploy.engines.tensorrt_module import TensorRtBackend, import_tensorrt
 from llava_deploy.runtime.bench.report import Machine
 from llava_deploy.runtime.onnxruntime_backend import onnxruntime_version
 
-_CPUINFO = Path("/proc/cpuinfo")
+_CPUINFO = CPUINFO
 _MEMINFO = Path("/proc/meminfo")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _PACKAGES = ("llava-deploy", "numpy", "tokenizers", "pillow")
@@ -22,14 +23,16 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "": 1}
 
 def this_machine(gpu: str | None) -> Machine:
     """The machine, and the GPU that runs the model, where one does."""
-    fields = _fields(_CPUINFO)
-    names = [value for name, value in fields if name == "model name"]
+    name = processor_name(_CPUINFO)
+    memory = [int(value.split()[0]) * 1024 for key, value in read_fields(_MEMINFO) if key == "MemTotal"]
     return Machine(
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
-        cpu=names[0] if names else platform.processor() or "unknown",
+        cpu=platform.processor() or "unknown" if name is None else name,
         logical_cpus=len(os.sched_getaffinity(0)),
         physical_cores=physical_cores(),
-        memory=next((int(value.split()[0]) * 1024 for name, value in _fields(_MEMINFO) if name == "MemTotal"), None),
+        memory=next(
+            (int(value.split()[0]) * 1024 for name, value in read_fields(_MEMINFO) if name == "MemTotal"), None
+        ),
         last_level_cache=_last_level_cache(),
         gpu=gpu,
     )
@@ -48,20 +51,7 @@ def versions(backend: Backend) -> dict[str, str]:
 
 def physical_cores() -> int:
     """Cores that ONNX Runtime starts a thread on, where nobody says otherwise; logical ones where nothing is known."""
-    fields = _fields(_CPUINFO)
-    sockets = [value for name, value in fields if name == "physical id"]
-    cores = [value for name, value in fields if name == "core id"]
-    allowed = len(os.sched_getaffinity(0))
-    if not cores or len(sockets) != len(cores):
-        return allowed
-    return min(allowed, len(set(zip(sockets, cores, strict=True))))
-
-
-def _fields(path: Path) -> list[tuple[str, str]]:
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [(name.strip(), value.strip()) for name, _, value in (line.partition(":") for line in lines)]
+    return count_physical_cores(_CPUINFO, len(os.sched_getaffinity(0)))
 
 
 def _last_level_cache() -> int | None:
