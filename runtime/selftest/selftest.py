@@ -1,0 +1,255 @@
+"""The whole self-test of one bundle: what is installed here against what PyTorch gave where the goldens were made."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from llava_deploy.engines.engine_manifest import source_digest
+from llava_deploy.engines.errors import BackendError, BundleError, OptionError
+from llava_deploy.engines.goldens import Goldens
+from llava_deploy.engines.integrity import Integrity
+from llava_deploy.engines.manifest import MANIFEST_NAME, Manifest, read_manifest
+from llava_deploy.runtime.backend import DecoderSession
+from llava_deploy.runtime.backend_choice import OnnxRuntimeChoice, Wanted
+from llava_deploy.runtime.bundle import Bundle
+from llava_deploy.runtime.encoding import PromptEncoder
+from llava_deploy.runtime.llava import Llava
+from llava_deploy.runtime.loading import Sessions, open_sessions
+from llava_deploy.runtime.selftest.exact import exact_stages, rounds_features, rounds_logits
+from llava_deploy.runtime.selftest.files import Checked, check_bundle, engine_of, require_goldens, unreadable
+from llava_deploy.runtime.selftest.limits import INT8, Limits, failed, float_limits
+from llava_deploy.runtime.selftest.replay import (
+    Recorded,
+    guarded,
+    replay_features,
+    replay_logits,
+    replay_pixels,
+    replay_prompt,
+    replay_splice,
+    replay_tokens,
+)
+from llava_deploy.runtime.selftest.report import (
+    SCHEMA_VERSION,
+    GoldenStage,
+    NotRun,
+    SelftestReport,
+    TestedBackend,
+    TestedBundle,
+    in_order,
+)
+from llava_deploy.runtime.selftest.surroundings import machine_of, versions_of
+from llava_deploy.runtime.stages import StageResult
+
+OnStage = Callable[[GoldenStage], None]
+
+
+def selftest(directory: Path, wanted: Wanted, on_stage: OnStage = lambda _: None) -> SelftestReport:
+    """Replay a bundle's goldens through what is installed here.
+
+    Args:
+        directory: of the bundle.
+        wanted: backend, slots of the cache (by default what the goldens need), threads.
+        on_stage: called with each result as it is known.
+
+    Raises:
+        BundleError: no bundle, or one without goldens; a damaged one is a result.
+        BackendError: the backend cannot be had, or cannot load the graphs.
+        OptionError: an option that cannot be had.
+    """
+    began = time.perf_counter()
+    test = _Selftest(directory, wanted, on_stage)
+    test.run()
+    return test.report(time.perf_counter() - began)
+
+
+class _Selftest:
+    """What is known so far."""
+
+    def __init__(self, directory: Path, wanted: Wanted, on_stage: OnStage) -> None:
+        self._directory = directory
+        self._wanted = wanted
+        self._on_stage = on_stage
+        self._stages: list[GoldenStage] = []
+        self._not_run: list[NotRun] = []
+        self._goldens = 0
+        self._manifest: Manifest | None = None
+        self._checked: Checked | None = None
+        self._sessions: Sessions | None = None
+
+    def run(self) -> None:
+        """All stages; the files alone where they are not what was made."""
+        try:
+            manifest = read_manifest(self._directory)
+        except BundleError as error:
+            if not (self._directory / MANIFEST_NAME).is_file():
+                raise  # no bundle: there is nothing to test
+            self._take([GoldenStage(None, unreadable(error))])
+            return
+        self._manifest = manifest
+        require_goldens(self._directory, manifest)
+        bundle = Bundle(self._directory, manifest)
+        checked = check_bundle(bundle, self._wanted)
+        if not isinstance(checked, Checked):
+            self._take([GoldenStage(None, checked)])
+            return
+        self._checked = checked
+        self._take([GoldenStage(None, checked.result)])
+        self._take(self._replay(bundle, checked))
+
+    def report(self, seconds: float) -> SelftestReport:
+        """The result."""
+        goldens = None if self._checked is None else self._checked.goldens
+        choice = None if self._checked is None else self._checked.choice
+        sessions = self._sessions
+        backend = None
+        if sessions is not None:
+            backend = TestedBackend(sessions.backend, sessions.reason, self._wanted.threads, sessions.decoder.max_len)
+        return SelftestReport(
+            schema=SCHEMA_VERSION,
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            bundle=None if self._manifest is None else _card(self._directory, self._manifest, goldens),
+            backend=backend,
+            versions=versions_of(sessions, choice),
+            machine=machine_of(sessions, choice),
+            stages=in_order(self._stages),
+            goldens=self._goldens,
+            not_run=tuple(self._not_run),
+            seconds=seconds,
+        )
+
+    def _take(self, results: Iterable[GoldenStage | NotRun]) -> None:
+        for result in results:
+            if isinstance(result, NotRun):
+                self._not_run.append(result)
+            else:
+                self._stages.append(result)
+                self._on_stage(result)
+
+    def _replay(self, bundle: Bundle, checked: Checked) -> Iterator[GoldenStage | NotRun]:
+        recorded = [Recorded(bundle, golden) for golden in checked.goldens.goldens]
+        wanted, choice = self._wanted, checked.choice
+        if isinstance(choice, OnnxRuntimeChoice):
+            slots = max(one.slots for one in recorded) if wanted.max_len is None else wanted.max_len
+            wanted = replace(wanted, max_len=slots)
+            fitting = [one for one in recorded if one.slots <= slots]
+            if fitting:
+                yield from exact_stages(bundle, choice, fitting, wanted.threads, slots)
+        self._sessions = sessions = open_sessions(bundle, wanted, Integrity.QUICK)
+        room = sessions.decoder.max_len
+        fitting = [one for one in recorded if one.slots <= room]
+        for one in recorded:
+            if one.slots > room:
+                reason = f"it takes {one.slots} tokens of context, and the cache has {room}"
+                yield NotRun(f"golden {one.golden.name}", reason)
+        self._goldens = len(fitting)
+        if fitting:
+            yield from _Replay(bundle, checked, sessions).stages(fitting)
+
+
+class _Replay:
+    """All goldens, a stage at a time, through sessions that are open."""
+
+    def __init__(self, bundle: Bundle, checked: Checked, sessions: Sessions) -> None:
+        self._bundle = bundle
+        self._sessions = sessions
+        self._encoder = PromptEncoder(bundle, sessions.vision)
+        self._features, self._logits = _limits(bundle, checked, sessions)
+
+    def stages(self, many: list[Recorded]) -> Iterator[GoldenStage | NotRun]:
+        """Their results, in the order in which data passes the stages."""
+        encoder, sessions = self._encoder, self._sessions
+        seeing = [one for one in many if one.golden.pictures]
+        for one in seeing:
+            yield _named(one, guarded("pixels", "pixels", partial(replay_pixels, one, encoder)))
+        name = "image features"
+        for one in seeing:
+            features = partial(replay_features, one, sessions.vision, self._features, name)
+            yield _named(one, guarded(name, "image features", features))
+        for one in many:
+            yield _named(one, guarded("prompt", "prompt", partial(replay_prompt, one, encoder)))
+        for one in many:
+            yield _named(one, guarded("splice", "splice", partial(replay_splice, one, encoder)))
+        noise: dict[str, float] = {}
+        for one in many:
+            run = partial(replay_logits, one, encoder, sessions.decoder, self._logits, "logits")
+            logits = guarded("logits", "logits", run)
+            noise[one.golden.name] = logits.max_abs_error
+            yield _named(one, logits)
+        yield from self._answers(many, noise)
+
+    def _answers(self, many: list[Recorded], noise: dict[str, float]) -> Iterator[GoldenStage | NotRun]:
+        for one in many:
+            yield from self._asked("tokens", [one], noise, self._llava())
+        again = next((one for one in many if one.golden.pictures), many[0])
+        llava = self._llava()
+        for _ in self._asked("tokens", [again], noise, llava):
+            continue  # which fills the cache
+        yield from self._asked("tokens, asked again", [again], noise, llava)
+        rows = _rows(self._sessions.decoder, len(many))
+        if rows < 2:
+            reason = "there is one golden alone" if len(many) == 1 else "the engine or the memory has room for one row"
+            yield NotRun("tokens, in a batch", reason)
+            return
+        for at in range(0, len(many), rows):
+            part = many[at : at + rows]
+            if len(part) < 2:  # the last one by itself is the first stage once more
+                part = many[-2:]
+            yield from self._asked(f"tokens, in a batch of {len(part)}", part, noise, self._llava())
+
+    def _asked(self, name: str, many: list[Recorded], noise: dict[str, float], llava: Llava) -> Iterator[GoldenStage]:
+        try:
+            results = replay_tokens(many, [noise[one.golden.name] for one in many], llava, name)
+        except (BackendError, BundleError, ValueError) as error:
+            results = [failed(name, "tokens", str(error)) for _ in many]
+        for one, result in zip(many, results, strict=True):
+            yield _named(one, result)
+
+    def _llava(self) -> Llava:
+        """The model with nothing in its cache."""
+        self._sessions.decoder.clear()
+        return Llava(self._bundle, self._encoder, self._sessions.decoder, self._sessions.reason)
+
+
+def _limits(bundle: Bundle, checked: Checked, sessions: Sessions) -> tuple[Limits, Limits]:
+    """Of image features, and of logits."""
+    precision, choice = bundle.manifest.model.precision, checked.choice
+    if sessions.backend != "onnxruntime" or not isinstance(choice, OnnxRuntimeChoice):
+        limits = float_limits(precision, engine=False)
+        return limits, limits
+    limits = float_limits(precision, engine=engine_of(bundle, choice) is not None)
+    return INT8 if rounds_features(choice) else limits, INT8 if rounds_logits(choice) else limits
+
+
+def _rows(decoder: DecoderSession, most: int) -> int:
+    """So many rows at once as there is room for."""
+    for rows in range(most, 1, -1):
+        try:
+            decoder.begin(rows)
+        except (OptionError, BackendError):
+            continue
+        return rows
+    return 1
+
+
+def _named(one: Recorded, result: StageResult) -> GoldenStage:
+    return GoldenStage(one.golden.name, result)
+
+
+def _card(directory: Path, manifest: Manifest, goldens: Goldens | None) -> TestedBundle:
+    model = manifest.model
+    return TestedBundle(
+        directory=str(directory),
+        name=model.name,
+        precision=model.precision,
+        parameters=model.parameters,
+        vision=model.vision,
+        decoder=model.decoder,
+        digest=source_digest(manifest),
+        tools=manifest.tools,
+        recorded_with={} if goldens is None else goldens.tools,
+    )
