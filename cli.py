@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -178,12 +179,17 @@ def export(
     with terminal.progress("quantising" if precision == "int4-awq" else "opening", quiet=quiet()) as step:
         from llava_deploy.engines.staging import require_free_name
         from llava_deploy.exporter.export import export as write
+        from llava_deploy.exporter.export import no_goldens
         from llava_deploy.exporter.quantization.prepare import prepare
 
         require_free_name(output, replace=force)
         work = output.with_name(f"{output.name}.awq")
-        checkpoint = prepare(source.open(), precision, quantizing, work, step)
-    with terminal.progress("exporting", quiet=quiet()) as step:
+        searching = precision == "int4-awq" or not goldens  # --device is the recording's too
+        request = quantizing if searching else dataclasses.replace(quantizing, device=None)
+        checkpoint = prepare(source.open(), precision, request, work, step)
+    with contextlib.ExitStack() as bars:
+        recorder = goldens_of(checkpoint, quantizing.device, bars) if goldens else no_goldens
+        step = bars.enter_context(terminal.progress("exporting", quiet=quiet()))
         level = DEFAULT_ACCURACY_LEVEL if accuracy_level is None else accuracy_level
         manifest = write(
             checkpoint,
@@ -192,6 +198,7 @@ def export(
             accuracy_level=level,
             replace=force,
             on_progress=lambda at: step(at.done, at.total),
+            record=recorder,
         )
     if precision == "int4-awq":
         from llava_deploy.exporter.quantization.awq.state import remove_work
@@ -451,6 +458,7 @@ def completion(shell: str) -> None:
     click.echo(kind(main, {}, PROGRAM, f"_{PROGRAM}_COMPLETE".replace("-", "_").upper()).source())
 
 
+main.add_command(record)
 main.add_command(pack)
 main.add_command(unpack)
 main.add_command(serve)

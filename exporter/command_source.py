@@ -73,7 +73,7 @@ quantizing_options = options_as_one(
     click.option("--symmetric", is_flag=True, help="Of int4: no zero points."),
     click.option("--lm-head", type=click.Choice(get_args(HeadPrecision)), help="Of int4: the output layer; or fp16."),
     click.option("--calibration", metavar="FILE", help="Of int4-awq: JSON lines of messages; demo: drawn pictures."),
-    click.option("--device", metavar="NAME", help="Of int4-awq: where PyTorch searches, cpu or cuda."),
+    click.option("--device", metavar="NAME", help="Of int4-awq and --goldens: where PyTorch computes, cpu or cuda."),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.metadata
 import math
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -43,6 +45,15 @@ from llava_deploy.exporter.weights import SharedTable, attach_weights, write_emb
 TOOLS = ("llava-deploy", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
+Recorder: TypeAlias = Callable[[Path, Manifest], tuple[FileEntry, ...]]
+"""Writes more files of a bundle into its directory, and gives their entries."""
+
+
+def no_goldens(_directory: Path, _manifest: Manifest) -> tuple[FileEntry, ...]:
+    """Adds nothing."""
+    return ()
+
+
 @dataclass(frozen=True)
 class ExportProgress:
     """How far an export is: ``done`` of ``total`` bytes of source weights."""
@@ -59,6 +70,7 @@ def export(
     accuracy_level: AccuracyLevel = DEFAULT_ACCURACY_LEVEL,
     replace: bool = False,
     on_progress: Callable[[ExportProgress], None] = lambda _: None,
+    record: Recorder = no_goldens,
 ) -> Manifest:
     """Write ``checkpoint`` as a bundle to the directory ``output``.
 
@@ -68,6 +80,16 @@ def export(
 
     Equal checkpoints give equal bytes. The directory appears when everything in it is written and checked; an export
     that fails or is killed leaves nothing by that name. With ``replace`` an old bundle stays as it was until then.
+
+    Args:
+        checkpoint: as it is to be exported.
+        output: the bundle's directory.
+        precision: what the bundle is to be.
+        accuracy_level: what ONNX Runtime is to multiply int4 weights in.
+        replace: an old bundle of that name is replaced.
+        on_progress: called with the bytes of weights that are written, and of how many.
+        record: called when the graphs are there, with their directory and a manifest of them; what it adds is listed.
+            :func:`~llava_deploy.exporter.goldens.record.record_goldens` adds goldens, and needs PyTorch.
 
     Raises:
         InputError: ``output`` exists and ``replace`` is false, or int4 is asked of a checkpoint that holds none.
@@ -90,7 +112,7 @@ def export(
 
     try:
         with staged_directory(output, replace=replace) as staging:
-            return _write(checkpoint, graphs, precision, recipe, staging, progress)
+            return _write(checkpoint, graphs, precision, recipe, staging, progress, record)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise write_error(output, error) from error
@@ -107,6 +129,7 @@ def _write(
     recipe: QuantizationRecipe | None,
     directory: Path,
     progress: Callable[[int], None],
+    record: Recorder,
 ) -> Manifest:
     dtype = np.dtype(graphs.decoder_shape.dtype)
     tensors = checkpoint.tensors
@@ -128,6 +151,8 @@ def _write(
         files=tuple(sorted(files, key=lambda entry: entry.path)),
         left_out=(),
     )
+    files += record(directory, manifest)
+    manifest = dataclasses.replace(manifest, files=tuple(sorted(files, key=lambda entry: entry.path)))
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 

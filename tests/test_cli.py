@@ -20,7 +20,7 @@ from llava_deploy.runtime.stages import StageResult
 
 COMMANDS = (
     *("inspect", "plan", "export", "build", "run", "chat", "eval", "bench", "verify", "demo", "completion"),
-    *("pack", "unpack", "serve"),
+    *("record", "pack", "unpack", "serve"),
 )
 PROGRAM = [sys.executable, "-c", "from llava_deploy.cli import main; main(prog_name='llava-deploy')"]
 

@@ -44,7 +44,7 @@ THIRD_PARTY = {
     "engines": {"numpy", "onnxruntime"},
     "engines/lowering": {"numpy", "onnx_ir"},
     "runtime": {"numpy", "tokenizers", "PIL", "jinja2", "click", "rich", "onnxruntime", "zstandard"},
-    "exporter": {"numpy", "tokenizers", "PIL", "click", "rich", "onnxruntime", *EXPORT_ONLY} - {"peft"},
+    "exporter": {"numpy", "tokenizers", "PIL", "jinja2", "click", "rich", "onnxruntime", *EXPORT_ONLY} - {"peft"},
 }
 RUNTIME_MAY = {f"{PACKAGE}.engines.{name}" for name in GROUND_FLOOR if name not in ("rewriting", "nibbles")}
 ALONE_MAY = {"runtime/bench/plot.py": {"matplotlib"}}
@@ -54,10 +54,12 @@ LISTENS = {"runtime/serve/sockets.py": {"socket"}}
 """Of what reaches the network, and why: a Unix socket is a file, and the one kind that is opened there."""
 
 MEETS_RUNTIME = {
+    "exporter/command_record.py": "declares record the way that every command is declared, and says what it did",
     "exporter/command_source.py": "declares options the way that every command declares them",
     "exporter/recipes/chat_recipe.py": "has the runtime's parser read the template that it will render",
     "exporter/quantization/awq/calibration.py": "makes prompts the way that the runtime makes them",
     "exporter/quantization/awq/embeddings.py": "has the runtime's splice put the pictures in",
+    "exporter/goldens/prompts.py": "takes built-in conversation formats, whose original is not installed, as they are",
     "exporter/verify.py": "compares PyTorch with what the runtime does",
     "exporter/tables.py": "says things in the words of the runtime's terminal",
     "exporter/demo/evaluate.py": "takes for right what the runtime's evaluation does",
