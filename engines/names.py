@@ -56,5 +56,8 @@ many tokens at once, prompts above all."""
 INT8_FROM_TOKENS = 8
 """Tokens of one step, of all rows, from which on products of 8-bit integers are faster than those of int4 weights."""
 
+SwapPart = Literal["projector", "decoder"]
+"""What of a bundle's weights can be replaced: the projector's, or those of the decoder with its embeddings."""
+
 FEATURES_KEPT = 16
 """Pictures whose features the runtime keeps; the one used longest ago goes first."""

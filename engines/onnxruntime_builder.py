@@ -9,6 +9,7 @@ layouts are for the processor that it ran on.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, read_manifest
 from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, AccuracyLevel, Int8Part, Precision
 from llava_deploy.engines.processor import has_int8_products
+from llava_deploy.engines.rewriting import link_or_copy
 from llava_deploy.engines.staging import require_space, staged_directory, write_error
 
 if TYPE_CHECKING:
@@ -48,6 +50,21 @@ _EXTERNAL_FROM = 1024  # bytes: smaller constants stay inside the graph
 
 
 @dataclass(frozen=True)
+class EarlierEngine:
+    """An engine of a bundle before some of its graphs were replaced: what was made of the others is taken over.
+
+    Attributes:
+        directory: of the engine; it is only read.
+        source: the digest of what it has to be made from.
+        graphs: names of the bundle's graphs that are as they were.
+    """
+
+    directory: Path
+    source: str
+    graphs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class _Graph:
     """One to build: its file in the bundle, its name in the engine, and what is done to it."""
 
@@ -62,6 +79,7 @@ def build_onnxruntime(
     accuracy_level: AccuracyLevel | None = None,
     int8: Sequence[Int8Part] = (),
     replace: bool = False,
+    earlier: EarlierEngine | None = None,
 ) -> Path:
     """Build the engine for the ONNX Runtime that is installed and return its directory.
 
@@ -74,6 +92,8 @@ def build_onnxruntime(
             ``prefill``, the decoder's steps of :data:`~llava_deploy.engines.names.INT8_FROM_TOKENS` tokens and more,
             from weights that lie beside the others then. Values change by some 1 %.
         replace: build it even so.
+        earlier: an engine of the bundle as it was; where it was built in the same way and is whole, only the graphs
+            that are new since are built.
 
     Raises:
         BundleError: the bundle is damaged.
@@ -96,12 +116,16 @@ def build_onnxruntime(
     output = bundle / key.directory
     if not replace and is_current(output, key):
         return output
+    for name in (VISION_GRAPH, DECODER_GRAPH):
+        manifest.entry(name)  # an archive may have been packed without them
     precision = manifest.model.precision
     require_space(bundle, graphs_size(manifest) * (_DISK[precision] + _DISK_INT8[precision] * len(parts)))
     graphs = _graphs(key.version, parts)
+    if earlier is not None and not is_current(earlier.directory, dataclasses.replace(key, source=earlier.source)):
+        earlier = None
     try:
         with staged_directory(output, replace=True) as staging:
-            _build(bundle, graphs, key, staging)
+            _build(bundle, graphs, key, staging, earlier)
     except OSError as error:
         raise write_error(output, error) from error
     return output
@@ -116,15 +140,28 @@ def _int8_parts(wanted: Sequence[Int8Part]) -> tuple[Int8Part, ...]:
     return tuple(part for part in known if part in wanted)
 
 
-def _build(bundle: Path, graphs: Sequence[_Graph], key: EngineKey, staging: Path) -> None:
+def _build(
+    bundle: Path, graphs: Sequence[_Graph], key: EngineKey, staging: Path, earlier: EarlierEngine | None
+) -> None:
     paths = []
     with _place_inside(bundle, staging) as place:
         for graph in graphs:
+            if earlier is not None and graph.source in earlier.graphs:
+                paths += _take_over(earlier.directory, graph.name, staging)
+                continue
             computed = place / f"{graph.name}.computed"
             lowered = _lowered(bundle / graph.source, graph.passes, computed)
             paths += _optimise(bundle / graph.source, lowered, key, staging / graph.name)
             computed.unlink()
     write_engine_manifest(staging, key, paths)
+
+
+def _take_over(directory: Path, name: str, staging: Path) -> list[str]:
+    """A graph of another engine and its weights, which are not copied where the file system has hard links."""
+    names = [each for each in (name, f"{name}.data") if (directory / each).exists()]
+    for each in names:
+        link_or_copy(directory / each, staging / each)
+    return names
 
 
 @contextmanager

@@ -29,11 +29,16 @@ def rewritten_bundle(bundle: Path, *, keeps: Callable[[str], bool]) -> Iterator[
         for path in sorted(bundle.rglob("*")):
             relative = path.relative_to(bundle).as_posix()
             if path.is_file() and relative != MANIFEST_NAME and keeps(relative):
-                _carry(path, staging / relative)
+                link_or_copy(path, staging / relative)
         yield staging
 
 
-def _carry(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
+    """Have a file under a second name, without a copy where there are hard links; so neither is to be written to.
+
+    Raises:
+        OSError: it cannot be linked, nor copied.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), target)
