@@ -196,8 +196,8 @@ class Manifest:
                 return entry
         if any(entry.path == path for entry in self.left_out):
             raise BundleError(
-                f"{MANIFEST_NAME}: {path} was left out when this bundle was packed, and no engine here does "
-                "without it; pack it again with its graphs, or with an engine for this machine"
+                f"{MANIFEST_NAME}: {path} was left out when this bundle was packed, and is needed here; pack it again "
+                "with its graphs or, only to run it, with an engine that fits this machine"
             )
         raise BundleError(f"{MANIFEST_NAME}: no file {path!r} is listed; export the bundle again")
 

@@ -148,6 +148,8 @@ def verify_loaded(
 
 def _stages(llava: Llava, checkpoint: Checkpoint, options: VerifyOptions) -> Iterator[StageResult]:
     manifest, device = llava.manifest, options.device
+    for graph in (VISION_GRAPH, DECODER_GRAPH):
+        manifest.entry(graph)  # an archive may have been packed without them
     # The checkpoint with the decoder's weights of a quantised bundle.
     stored = None if manifest.quantization is None else with_stored_decoder(checkpoint, llava.directory)
     model = load_torch(checkpoint).to(device)

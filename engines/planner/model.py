@@ -208,8 +208,8 @@ def planned_bundle(bundle: Path, manifest: Manifest) -> PlannedModel:
     Raises:
         BundleError: a graph is missing, or holds not what a graph of ours does.
     """
-    vision = [t for t in read_initializers(bundle / VISION_GRAPH) if t.values]
-    decoder = [t for t in read_initializers(bundle / DECODER_GRAPH) if t.values]
+    vision = [t for t in read_initializers(bundle / manifest.entry(VISION_GRAPH).path) if t.values]
+    decoder = [t for t in read_initializers(bundle / manifest.entry(DECODER_GRAPH).path) if t.values]
     tied = [t for t in decoder if t.name == EMBED_TOKENS]
     heads = {t.integers[2] for t in vision if len(t.integers) == 4 and t.integers[:2] == (0, 0)}
     if len(heads) > 1 or not any(t.name.startswith("language_model.layers.0.") for t in decoder):
