@@ -30,9 +30,7 @@ def this_machine(gpu: str | None) -> Machine:
         cpu=platform.processor() or "unknown" if name is None else name,
         logical_cpus=len(os.sched_getaffinity(0)),
         physical_cores=physical_cores(),
-        memory=next(
-            (int(value.split()[0]) * 1024 for name, value in read_fields(_MEMINFO) if name == "MemTotal"), None
-        ),
+        memory=next(iter(memory), None),
         last_level_cache=_last_level_cache(),
         gpu=gpu,
     )
