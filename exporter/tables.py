@@ -1,19 +1,14 @@
-"""What ``inspect`` and ``verify`` found, as tables for people."""
+"""What ``inspect`` found, as a table for people."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from rich.text import Text
 
 from llava_deploy.runtime.terminal import facts, picture_steps, prompt_form, size
-
-if TYPE_CHECKING:
-    from llava_deploy.runtime.stages import StageResult
 
 
 def checkpoint_table(description: Mapping[str, Any]) -> Table:
@@ -84,17 +79,3 @@ def _decoder(decoder: Mapping[str, Any]) -> str:
 def _rope(rope: Mapping[str, Any]) -> str:
     values = [f"{key} {value:g}" for key, value in rope.items() if key != "rope_type" and value is not None]
     return ", ".join([rope["rope_type"], *values])
-
-
-def stage_table(stages: Iterable[StageResult]) -> Table:
-    """The comparison with PyTorch, a stage a line."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("stage")
-    for name in ("error", "tolerance"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("detail", style="dim")
-    table.add_column("", no_wrap=True)
-    for stage in stages:
-        mark = Text("ok", "green") if stage.ok else Text("out of tolerance", "bold red")
-        table.add_row(stage.name, f"{stage.error:.2g}", f"{stage.tolerance:.2g}", Text(stage.detail), mark)
-    return table

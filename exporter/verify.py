@@ -5,7 +5,6 @@ Imports the runtime, as few files of this room do: it is where both sides meet.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,7 +67,7 @@ class VerifyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
-        stages = [{**dataclasses.asdict(stage), "ok": stage.ok} for stage in self.stages]
+        stages = [stage.to_dict() for stage in self.stages]
         first = self.first_failure
         return {"ok": self.ok, "first_failure": first, "backend": self.backend, "prompt": self.prompt, "stages": stages}
 

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -60,6 +62,14 @@ class StageResult:
     def ok(self) -> bool:
         """Whether the stage is within its tolerance; NaN is not."""
         return self.error <= self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON: an error that is no number, or endless, is ``None``."""
+        values = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+        return {**values, "ok": self.ok}
 
 
 def first_failure(stages: Iterable[StageResult]) -> str | None:

@@ -17,7 +17,6 @@ from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
 from llava_deploy.exporter.checkpoint import open_checkpoint
 from llava_deploy.exporter.demo.scenes import Example, Split, checkpoint_dir, examples
 from llava_deploy.exporter.export import export
-from llava_deploy.exporter.tables import stage_table
 from llava_deploy.exporter.verify import VerifyReport, verify
 from llava_deploy.runtime import Llava, Timings
 from llava_deploy.runtime.evaluation import normalise
@@ -32,6 +31,7 @@ from llava_deploy.runtime.terminal import (
     thumbnail,
 )
 from llava_deploy.runtime.terminal_run import Request, Template, prompt_of
+from llava_deploy.runtime.terminal_selftest import stage_table
 
 PICTURES = 10
 """Pictures drawn, the kinds of question in turn."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -125,15 +124,7 @@ class SelftestReport:
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON; a number that is none or endless is ``None``."""
         first = self.first_failure
-        stages = [
-            {
-                "stage": stage.result.kind,
-                "golden": stage.golden,
-                "ok": stage.result.ok,
-                **{name: _finite(value) for name, value in dataclasses.asdict(stage.result).items() if name != "kind"},
-            }
-            for stage in self.stages
-        ]
+        stages = [{"golden": stage.golden, **stage.result.to_dict()} for stage in self.stages]
         return {
             "schema": self.schema,
             "ok": self.ok,
@@ -147,10 +138,6 @@ class SelftestReport:
 def in_order(stages: Iterable[GoldenStage]) -> tuple[GoldenStage, ...]:
     """As data passes them, whatever the order in which they were run; what is of one kind stays in its order."""
     return tuple(sorted(stages, key=lambda stage: ORDER.index(stage.result.kind)))
-
-
-def _finite(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _count(number: int, what: str) -> str:
