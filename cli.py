@@ -25,6 +25,7 @@ from llava_deploy.exporter.command_source import (
     say_unused,
     source_options,
 )
+from llava_deploy.exporter.command_swap import swap
 from llava_deploy.exporter.quantization.request import QuantizeRequest
 from llava_deploy.runtime.command_archive import describe_archive, pack, unpack
 from llava_deploy.runtime.command_bench import BenchRequest, bench_options, run_bench
@@ -51,10 +52,13 @@ from llava_deploy.runtime.command_options import (
     raw_option,
 )
 from llava_deploy.runtime.command_plan import PlanRequest, plan_options
+from llava_deploy.runtime.command_report import ReportRequest, report_options, run_report
+from llava_deploy.runtime.command_selftest import SelftestRequest, run_selftest, selftest_options
 from llava_deploy.runtime.command_serve import serve
 
 if TYPE_CHECKING:
     from llava_deploy.runtime.backend_choice import BackendName
+    from llava_deploy.runtime.bench.bench import BoundOf
 
 
 _accuracy_level = click.option(
@@ -380,6 +384,43 @@ def bench(bundle: Path, request: BenchRequest) -> None:
     run_bench(bundle, request, functools.partial(decode_bound, model))
 
 
+@main.command(epilog=examples("report bundle -o report.html", "report fp32 fp16 int4 -o a.html --json a.json"))
+@click.argument("bundles", type=PATH, nargs=-1, metavar="BUNDLE [BUNDLE ...]")
+@report_options
+def report(bundles: tuple[Path, ...], request: ReportRequest) -> None:
+    """Write a page that answers: should I ship this?
+
+    It holds one or more bundles of one model against each other, the first is what the others are held against: the
+    self-test, right answers, agreement token by token, speed beside what the memory allows, memory over time, and
+    energy where the board tells it; and it begins with a verdict and its reasons. One file that needs no other.
+
+    The questions are drawn pictures, as eval has them, or those of --data. What cannot be measured is said.
+    """
+    from llava_deploy.engines.manifest import read_manifest
+    from llava_deploy.engines.planner.model import planned_bundle
+    from llava_deploy.engines.planner.run import decode_bound
+    from llava_deploy.exporter.demo.questions import chances, drawn_questions
+
+    def bound_of(bundle: Path) -> BoundOf:
+        return functools.partial(decode_bound, planned_bundle(bundle, read_manifest(bundle)))
+
+    run_report(bundles, request, lambda per_kind: (drawn_questions(per_kind, seed=0), chances()), bound_of)
+
+
+@main.command(epilog=examples("selftest bundle", "selftest bundle --build --json"))
+@_bundle
+@selftest_options
+def selftest(bundle: Path, request: SelftestRequest) -> None:
+    """Say whether a bundle computes here what PyTorch computed.
+
+    Replays the goldens that export or record left in it, without PyTorch: files, pixels, image features, prompt,
+    splice, logits, tokens. Fails where a stage leaves its tolerance, and names the first.
+    """
+    from llava_deploy.engines.default_build import build_default
+
+    run_selftest(bundle, request, build_default)
+
+
 @main.command(epilog=examples("verify llava-1.5-7b-hf bundle", "verify checkpoint bundle --image photo.jpg --json"))
 @source_options
 @_bundle
@@ -410,9 +451,9 @@ def verify(
     from llava_deploy.engines.errors import LlavaDeployError
     from llava_deploy.engines.manifest import read_manifest
     from llava_deploy.exporter.demo.questions import drawn_picture
-    from llava_deploy.exporter.tables import stage_table
     from llava_deploy.runtime import terminal
     from llava_deploy.runtime.terminal_run import Request, Template, prompt_of
+    from llava_deploy.runtime.terminal_selftest import stage_table
 
     picture = drawn_picture() if image is None else load_pictures((image,))[0]
     request = Request(prompt, [picture], Template.RAW if raw else Template.MODEL)
@@ -459,6 +500,7 @@ def completion(shell: str) -> None:
 
 
 main.add_command(record)
+main.add_command(swap)
 main.add_command(pack)
 main.add_command(unpack)
 main.add_command(serve)

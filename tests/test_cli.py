@@ -19,7 +19,7 @@ from llava_deploy.runtime import Llava
 from llava_deploy.runtime.stages import StageResult
 
 COMMANDS = (
-    *("inspect", "plan", "export", "build", "run", "chat", "eval", "bench", "verify", "demo", "completion"),
+    *("inspect", "plan", "export", "build", "run", "chat", "eval", "bench", "report", "verify", "demo", "completion"),
     *("record", "pack", "unpack", "serve"),
 )
 PROGRAM = [sys.executable, "-c", "from llava_deploy.cli import main; main(prog_name='llava-deploy')"]

@@ -74,7 +74,7 @@ def test_nothing_else_is_in_the_wheel(wheel: zipfile.ZipFile, metadata: Message)
     assert {PurePosixPath(name).parts[0] for name in wheel.namelist()} == {"llava_deploy", info}
     ours = [PurePosixPath(name) for name in wheel.namelist() if name.startswith("llava_deploy/")]
     assert {path.parts[1] for path in ours} == {"cli.py", *ROOMS}
-    assert {path.suffix for path in ours if "checkpoint" not in path.parts} == {".py"}
+    assert {path.suffix for path in ours if "checkpoint" not in path.parts} == {".py", ".css", ".jinja"}
 
 
 def test_licence_readme_and_command(wheel: zipfile.ZipFile, metadata: Message) -> None:

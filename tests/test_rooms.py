@@ -47,7 +47,9 @@ THIRD_PARTY = {
     "exporter": {"numpy", "tokenizers", "PIL", "jinja2", "click", "rich", "onnxruntime", *EXPORT_ONLY} - {"peft"},
 }
 RUNTIME_MAY = {f"{PACKAGE}.engines.{name}" for name in GROUND_FLOOR if name not in ("rewriting", "nibbles")}
-ALONE_MAY = {"runtime/bench/plot.py": {"matplotlib"}}
+ALONE_MAY = {
+    path: {"matplotlib"} for path in ("runtime/bench/plot.py", "runtime/report/figures.py", "runtime/report/svg.py")
+}
 """Beside what its room may import, where a user asks for it."""
 
 LISTENS = {"runtime/serve/sockets.py": {"socket"}}
@@ -56,6 +58,7 @@ LISTENS = {"runtime/serve/sockets.py": {"socket"}}
 MEETS_RUNTIME = {
     "exporter/command_record.py": "declares record the way that every command is declared, and says what it did",
     "exporter/command_source.py": "declares options the way that every command declares them",
+    "exporter/command_swap.py": "is a command of the command line",
     "exporter/recipes/chat_recipe.py": "has the runtime's parser read the template that it will render",
     "exporter/quantization/awq/calibration.py": "makes prompts the way that the runtime makes them",
     "exporter/quantization/awq/embeddings.py": "has the runtime's splice put the pictures in",

@@ -19,7 +19,7 @@ from llava_deploy.runtime.bench.device import open_device, used_bytes
 from llava_deploy.runtime.bench.machine import physical_cores, this_machine, versions
 from llava_deploy.runtime.bench.measure import Bench, DecodeSample, FirstSample, Measured
 from llava_deploy.runtime.bench.memory import peak_watch
-from llava_deploy.runtime.bench.options import BenchOptions, Room, Turns, fitting
+from llava_deploy.runtime.bench.options import BenchOptions, Turns, fitting
 from llava_deploy.runtime.bench.report import (
     SCHEMA_VERSION,
     BackendCard,
@@ -78,7 +78,7 @@ def run_benchmark(
     with peak_watch(None if device is None else partial(used_bytes, device)) as watch:
         watch.phase("loading")
         loaded = load(directory, wanted)
-        turns = fitting(options, _room(loaded))
+        turns = fitting(options, loaded.room)
         count = (1 + options.rounds) * (1 + len(turns.contexts) + sum(batch > 1 for batch in turns.batches))
         done = iter(range(1, count + 1))
         bench = Bench(loaded, turns, lambda: on_turn(next(done), count))
@@ -105,12 +105,6 @@ def run_benchmark(
         memory=watch.peaks if on_gpu else tuple(replace(peak, device=None) for peak in watch.peaks),
         remarks=(*turns.remarks, *unmeasured, *_cached(decode[0].step_bytes, machine, on_gpu=on_gpu)),
     )
-
-
-def _room(loaded: Loaded) -> Room:
-    manifest, max_len = loaded.llava.manifest, loaded.llava.max_len
-    limit = manifest.splice.model_max_length
-    return Room(max_len, max_len if limit is None else min(limit, max_len), manifest.vision.patches)
 
 
 def _meter(loaded: Loaded, device: Device | None, threads: int | None, machine: Machine) -> Meter:

@@ -13,6 +13,7 @@ from llava_deploy.engines.integrity import Integrity
 from llava_deploy.engines.names import Backend
 from llava_deploy.runtime.backend import DecoderSession, Placement
 from llava_deploy.runtime.backend_choice import Wanted
+from llava_deploy.runtime.bench.options import Room
 from llava_deploy.runtime.bundle import Bundle, open_bundle
 from llava_deploy.runtime.encoding import PromptEncoder
 from llava_deploy.runtime.llava import Llava
@@ -77,6 +78,13 @@ class Loaded:
     decoder: TimedDecoder
     backend: Backend
     seconds: float
+
+    @property
+    def room(self) -> Room:
+        """What it has room for."""
+        manifest, max_len = self.llava.manifest, self.llava.max_len
+        limit = manifest.splice.model_max_length
+        return Room(max_len, max_len if limit is None else min(limit, max_len), manifest.vision.patches)
 
 
 def load(directory: Path, wanted: Wanted) -> Loaded:
