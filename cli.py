@@ -30,6 +30,7 @@ from llava_deploy.exporter.quantization.request import QuantizeRequest
 from llava_deploy.runtime.command_archive import describe_archive, pack, unpack
 from llava_deploy.runtime.command_bench import BenchRequest, bench_options, run_bench
 from llava_deploy.runtime.command_build import TensorRtRequest, refuse_tensorrt_options, tensorrt_options
+from llava_deploy.runtime.command_doctor import run_doctor
 from llava_deploy.runtime.command_eval import EvalRequest, eval_options
 from llava_deploy.runtime.command_group import (
     PROGRAM,
@@ -469,6 +470,21 @@ def verify(
     terminal.show(report.to_dict() if as_json else stage_table(report.stages))
     if report.first_failure is not None:
         raise LlavaDeployError(f"{report.first_failure} is the first stage out of tolerance")
+
+
+@main.command(epilog=examples("doctor", "doctor bundle", "doctor bundle --json"))
+@click.argument("bundles", type=PATH, nargs=-1, metavar="[BUNDLE ...]")
+@json_option
+def doctor(bundles: tuple[Path, ...], as_json: bool) -> None:
+    """Say what this machine has, and what bundles could do on it.
+
+    System, processor, memory, GPU with its driver, power mode, and what is installed and really loads; which backend
+    runs, and what to install for the others. Of a bundle: which engines fit, whether memory does, and what to type.
+    Nothing is changed. Fails where nothing can run a bundle, or one of those that are named.
+    """
+    from llava_deploy.engines.planner.fits import stages_here
+
+    run_doctor(bundles, lambda bundle, room: stages_here(bundle, **dataclasses.asdict(room)), as_json=as_json)
 
 
 @main.command(epilog=examples("demo", "demo -o elsewhere --seed 7"))

@@ -17,6 +17,9 @@ TensorRtBackend = Literal["tensorrt", "tensorrt-rtx"]
 SPOKEN: Mapping[TensorRtBackend, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 """What people call them."""
 
+RTX_CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+"""What TensorRT for RTX 1.7.1.116 can name as a target (``ComputeCapability`` of its module)."""
+
 DTYPES: Mapping[str, str] = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "bool": "BOOL"}
 """TensorRT's name of each dtype that a graph's inputs and outputs have."""
 

@@ -20,14 +20,12 @@ from llava_deploy.engines.planner.memory import Memory
 from llava_deploy.engines.planner.model import PlannedModel, Sizes
 from llava_deploy.engines.planner.parts import decoder_parts
 from llava_deploy.engines.planner.run import cache_form_of, decode_bound, run_memory
+from llava_deploy.engines.tensorrt_module import RTX_CAPABILITIES
 
 Stage = Literal["export", "build", "run"]
 _OF_A_BACKEND: tuple[Stage, ...] = ("build", "run")
 MOST_ROWS = 1024
 """No larger batch is looked for."""
-
-RTX_CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-"""What TensorRT for RTX 1.7.1.116 can name as a target (``ComputeCapability`` of its module)."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import mmap
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from llava_deploy.engines.engine_manifest import EngineKey, read_engine_manifest
 from llava_deploy.engines.errors import BackendError, BundleError
@@ -66,7 +67,19 @@ def fits_version(version: str, recipe: TensorRtRecipe, installed: str) -> bool:
     return before[0] == now[0] and before <= now
 
 
-def misfit(key: EngineKey, module: TensorRtModule, device: Device) -> str | None:
+class Target(Protocol):
+    """A GPU, as far as it matters to where an engine runs; a :class:`Device` is one, opened."""
+
+    @property
+    def name(self) -> str:
+        """As its driver says."""
+
+    @property
+    def capability(self) -> str | None:
+        """Compute capability, as ``sm89``; ``None`` where nobody says."""
+
+
+def misfit(key: EngineKey, module: TensorRtModule, device: Target) -> str | None:
     """Why an engine does not run here, after "was built"; ``None`` where it does."""
     recipe = key.tensorrt
     if recipe is None or key.backend != module.backend:

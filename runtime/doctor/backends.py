@@ -1,0 +1,153 @@
+"""Which backends could run anything on a machine, and what each lacks.
+
+Sources: NVIDIA, "CUDA Compatibility", "Minor Version Compatibility", table 1: a program of CUDA 11.x wants a driver of
+450 or later, of 12.x 525, of 13.x 580; the TensorRT-RTX support matrix: compute capability 7.5 and later of the RTX
+line, on Linux for x86-64; and the TensorRT support matrix: 7.5 and later.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import get_args
+
+from llava_deploy.engines.names import Backend
+from llava_deploy.engines.tensorrt_module import RTX_CAPABILITIES, SPOKEN, TensorRtBackend
+from llava_deploy.runtime.doctor.gpu import Graphics
+from llava_deploy.runtime.doctor.host import Host
+from llava_deploy.runtime.doctor.packages import LEAST, Library, Packages
+
+DRIVERS = {11: 450, 12: 525, 13: 580}
+"""The least driver for each major version of CUDA."""
+
+INSTALL_CPU = "pip install 'llava-deploy[cpu]'"
+_LEAST_TENSORRT = 75  # a compute capability
+
+
+@dataclass(frozen=True)
+class BackendVerdict:
+    """Whether a backend can run something here.
+
+    Attributes:
+        backend: which.
+        runs: it can.
+        how: with what and on what, or why not, for people.
+        missing: what to do so that it can; none where nothing helps.
+    """
+
+    backend: Backend
+    runs: bool
+    how: str
+    missing: tuple[str, ...]
+
+
+def judge_backends(host: Host, graphics: Graphics, packages: Packages) -> tuple[BackendVerdict, ...]:
+    """One verdict for each backend, in the order of :data:`~llava_deploy.engines.names.Backend`."""
+    return tuple(
+        _onnxruntime(host, packages) if backend == "onnxruntime" else _tensorrt(backend, host, graphics, packages)
+        for backend in get_args(Backend)
+    )
+
+
+def cuda_major(graphics: Graphics) -> int | None:
+    """Major version of CUDA that the driver is for; ``None`` without a driver."""
+    if graphics.cuda is not None:
+        return int(graphics.cuda.partition(".")[0])
+    number = re.match(r"\d+", graphics.driver or "")
+    return max((cuda for cuda, least in DRIVERS.items() if number and int(number[0]) >= least), default=None)
+
+
+def install_tensorrt(backend: TensorRtBackend, host: Host, graphics: Graphics) -> str:
+    """The command that installs it here."""
+    if host.is_jetson and backend == "tensorrt":
+        return (
+            "sudo apt install nvidia-jetpack; a virtual environment sees its TensorRT with "
+            "python3 -m venv --system-site-packages"
+        )
+    if backend == "tensorrt":
+        return "pip install 'llava-deploy[tensorrt]'"
+    major = cuda_major(graphics)
+    if major is not None and major < min(DRIVERS.keys() - {11}):
+        return f"update the NVIDIA driver to {DRIVERS[12]} or later, then pip install 'llava-deploy[rtx]'"
+    return "pip install 'llava-deploy[rtx]'"
+
+
+def _onnxruntime(host: Host, packages: Packages) -> BackendVerdict:
+    library = packages.onnxruntime
+    trouble = _lacks("ONNX Runtime", library, LEAST["onnxruntime"])
+    if trouble:
+        remedy = INSTALL_CPU if not library.installed else _again(library, "llava-deploy[cpu]")
+        return BackendVerdict("onnxruntime", False, trouble, (remedy,))
+    cores = f"{host.cores} core{'' if host.cores == 1 else 's'}"
+    where = "the CPU" if host.processor is None else host.processor
+    return BackendVerdict("onnxruntime", True, f"ONNX Runtime {library.version} on {where}, {cores}", ())
+
+
+def _tensorrt(backend: TensorRtBackend, host: Host, graphics: Graphics, packages: Packages) -> BackendVerdict:
+    gpu, library = graphics.first, packages.tensorrt[backend]
+    name = SPOKEN[backend]
+    if gpu is None:
+        return BackendVerdict(backend, False, _no_gpu(graphics), ())
+    refusal = _refusal(backend, gpu.capability)
+    if refusal:
+        return BackendVerdict(backend, False, f"{refusal} ({gpu.name})", ())
+    reasons, missing = [], []
+    trouble = _lacks(name, library, LEAST[backend])
+    if trouble:
+        reasons.append(trouble)
+        install = install_tensorrt(backend, host, graphics)
+        missing.append(install if not library.installed or host.is_jetson else _again(library, install))
+    if not packages.cuda_python.loads:
+        reasons.append(_lacks("cuda-python", packages.cuda_python, (0, 0)))
+        missing.append(f"pip install 'cuda-python=={cuda_major(graphics) or 12}.*'")
+    wants = max((each.cuda or 0 for each in (library, packages.cuda_python)), default=0)
+    has = cuda_major(graphics)
+    if has is not None and wants > has:
+        reasons.append(
+            f"the driver is too old: it is for CUDA {graphics.cuda or has}, and what is installed is for CUDA {wants}"
+        )
+        missing.append(_for_older_driver(backend, has, wants))
+    if reasons:
+        return BackendVerdict(backend, False, "; ".join(reasons), tuple(missing))
+    return BackendVerdict(backend, True, f"{name} {library.version} on {gpu.name} ({gpu.capability})", ())
+
+
+def _no_gpu(graphics: Graphics) -> str:
+    if not graphics.cards and not graphics.nodes and graphics.driver is None:
+        return "no NVIDIA GPU"
+    return f"no NVIDIA GPU that can be used: {graphics.trouble or 'see the findings'}"
+
+
+def _refusal(backend: TensorRtBackend, capability: str | None) -> str:
+    if capability is None:
+        return ""
+    if backend == "tensorrt-rtx":
+        return "" if capability in RTX_CAPABILITIES else f"TensorRT for RTX 1.7 knows no {capability}"
+    number = int(capability.removeprefix("sm"))
+    return (
+        "" if number >= int(_LEAST_TENSORRT.removeprefix("sm")) else f"TensorRT wants sm75 or later, not {capability}"
+    )
+
+
+def _lacks(name: str, library: Library, least: tuple[int, int]) -> str:
+    if library.loads and library.is_at_least(least):
+        return ""
+    if library.loads:
+        return f"{name} {library.version} is older than {least[0]}.{least[1]}"
+    if not library.installed:
+        return f"{name} is not installed"
+    return f"{name} is installed, but cannot be loaded: {library.trouble}"
+
+
+def _again(library: Library, wanted: str) -> str:
+    what = wanted if wanted.startswith(("pip", "sudo", "update")) else f"pip install --upgrade '{wanted}'"
+    remove = " ".join(library.packages)
+    return f"pip uninstall {remove}, then {what}" if remove and not library.loads else what
+
+
+def _for_older_driver(backend: TensorRtBackend, has: int, wants: int) -> str:
+    update = f"update the NVIDIA driver to {DRIVERS.get(wants, DRIVERS[13])} or later"
+    if has < min(DRIVERS.keys() - {11}):
+        return update
+    package = "tensorrt-rtx-cu" if backend == "tensorrt-rtx" else "tensorrt-cu"
+    return f"{update}, or pip install {package}{has} 'cuda-python=={has}.*'"
