@@ -89,12 +89,13 @@ def pack(
     try:
         with staged_file(output, replace=replace) as place:
             with place.open("xb") as file:
-                with compressor().stream_writer(file, size=length, closefd=False) as sink:
-                    sink.write(member_header(LISTING_NAME, len(head)) + padded(head))
-                    with ThreadPoolExecutor(1) as hasher:
-                        for entry in listing.members:
-                            _write_member(by_path[entry.path], sink, hasher, progress)
-                    sink.write(END)
+                sink = compressor().stream_writer(file, size=length)
+                sink.write(member_header(LISTING_NAME, len(head)) + padded(head))
+                with ThreadPoolExecutor(1) as hasher:
+                    for entry in listing.members:
+                        _write_member(by_path[entry.path], sink, hasher, progress)
+                sink.write(END)
+                sink.flush(zstandard.FLUSH_FRAME)
                 size = file.tell()
             _require_readable(bundle, size, length)
     except OSError as error:
