@@ -116,7 +116,7 @@ def _embedded(
     table = checkpoint.tensors[EMBED_TOKENS].read()  # [vocab, hidden]
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(table[ids.numpy()], np.float32))
+        return torch.from_numpy(np.array(table[ids.numpy()], np.float32))
 
     found = []
     for prompt in prompts:

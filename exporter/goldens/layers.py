@@ -80,7 +80,7 @@ def answer_layer_by_layer(
             token = int(logits.argmax())
             answer.logits.append(logits)
             answer.token_ids.append(token)
-            answer.hidden = torch.from_numpy(np.asarray(table[token], np.float32))[None, None].to(device)
+            answer.hidden = torch.from_numpy(np.array(table[token], np.float32))[None, None].to(device)
     return [GreedyAnswer(tuple(answer.token_ids), torch.cat(answer.logits)) for answer in answers]
 
 
