@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from llava_deploy.engines.errors import BundleError
 from llava_deploy.engines.lowering.nibbles import byte_chunks
+from llava_deploy.engines.lowering.opening import open_model
 
 _PAGE = 4096  # bytes: where each tensor begins, so that it can be mapped
 _INLINE = 1024  # bytes; constants up to this size stay inside the graph
@@ -100,11 +101,7 @@ def lower_in_memory(source: Path, passes: Sequence[ir.passes.InPlacePass], compu
 
 
 def _lowered(source: Path, passes: Sequence[ir.passes.InPlacePass]) -> ir.Model:
-    try:
-        model = ir.load(source)
-    except Exception as error:
-        cause = " ".join(str(error).split())
-        raise BundleError(f"{source}: cannot be read as ONNX ({cause}); export the bundle again") from error
+    model = open_model(source)
     try:
         for each in passes:
             each(model)

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llava_deploy.engines.errors import InputError
+from llava_deploy.engines.lowering.opening import open_model
 from llava_deploy.engines.manifest import DECODER_GRAPH
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.config import LM_HEAD
@@ -89,7 +90,7 @@ def with_stored_decoder(checkpoint: Checkpoint, bundle: Path) -> Checkpoint:
 
 def stored_tensors(path: Path, names: Container[str]) -> dict[str, BundleTensor]:
     """Those of the canonical ``names`` that are weights of the graph ``path``; nothing is read but the graph."""
-    initializers = ir.load(path).graph.initializers
+    initializers = open_model(path).graph.initializers
     return {
         name: _bundle_tensor(name, value.const_value, initializers, path)
         for name, value in initializers.items()

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from llava_deploy.engines.contract import DecoderShape, VisionShape
 from llava_deploy.engines.errors import InputError
+from llava_deploy.engines.lowering.opening import open_model
 from llava_deploy.engines.manifest import DECODER_GRAPH, TOKENIZER, VISION_GRAPH, Manifest
 from llava_deploy.engines.names import SwapPart
 from llava_deploy.exporter.checkpoint import Checkpoint
@@ -23,7 +24,7 @@ from llava_deploy.exporter.quantization.stored import stored_tensors, with_store
 from llava_deploy.exporter.quantization.weight import QuantizedSource, WeightFormat
 from llava_deploy.exporter.sources.tensors import TensorSource
 from llava_deploy.exporter.swap.stored import differs, stored_table
-from llava_deploy.exporter.swap.structure import first_difference, open_graph
+from llava_deploy.exporter.swap.structure import first_difference
 from llava_deploy.exporter.swap.tokens import require_same_tokens
 
 GRAPHS: Mapping[SwapPart, str] = {"projector": VISION_GRAPH, "decoder": DECODER_GRAPH}
@@ -75,7 +76,7 @@ def _with_projector(checkpoint: Checkpoint, bundle: Path, manifest: Manifest) ->
     graphs = build_graphs(_untied(checkpoint, formats).config, precision, formats)
     _require_graph(checkpoint, bundle, VISION_GRAPH, graphs)
     if rest is None:
-        rest = first_difference(open_graph(bundle / DECODER_GRAPH), graphs.decoder)
+        rest = first_difference(open_model(bundle / DECODER_GRAPH), graphs.decoder)
     given = with_stored_decoder(checkpoint, bundle) if rest is None else checkpoint
     tower = {name: s for name, s in _stored_vision(bundle, graphs).items() if not name.startswith(_PROJECTOR)}
     tensors = {**given.tensors, **tower, EMBED_TOKENS: stored_table(bundle)}
@@ -102,7 +103,7 @@ def _with_decoder(checkpoint: Checkpoint, bundle: Path, manifest: Manifest) -> S
     _require_graph(checkpoint, bundle, DECODER_GRAPH, graphs)
     rest = _field_difference(manifest.vision, vision_shape(given.config, precision))
     if rest is None:
-        rest = first_difference(open_graph(bundle / VISION_GRAPH), graphs.vision)
+        rest = first_difference(open_model(bundle / VISION_GRAPH), graphs.vision)
     vision = _stored_vision(bundle, graphs)
     notes = []
     if any(differs(stored, checkpoint.tensors[name]) for name, stored in vision.items() if name.startswith(_PROJECTOR)):
@@ -154,7 +155,7 @@ def _require_shape(
 
 def _require_graph(checkpoint: Checkpoint, bundle: Path, name: str, graphs: Graphs) -> None:
     made = {VISION_GRAPH: graphs.vision, DECODER_GRAPH: graphs.decoder}[name]
-    difference = first_difference(open_graph(bundle / name), made)
+    difference = first_difference(open_model(bundle / name), made)
     if difference is not None:
         raise _another_model(checkpoint, bundle, f"{name}, {difference}")
 

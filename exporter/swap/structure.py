@@ -7,30 +7,14 @@ version of the exporter gave.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
-from llava_deploy.engines.errors import BundleError
-
 Pairs: TypeAlias = dict[ir.Value, ir.Value]
-
-
-def open_graph(path: Path) -> ir.Model:
-    """A bundle's graph; its weights stay on the disk.
-
-    Raises:
-        BundleError: the file is no model.
-    """
-    try:
-        return ir.load(path)
-    except Exception as error:  # damaged files raise anything
-        cause = " ".join(str(error).split())
-        raise BundleError(f"{path}: cannot be read as ONNX ({cause}); export the bundle again") from error
 
 
 def first_difference(stored: ir.Model, made: ir.Model) -> str | None:
@@ -71,7 +55,7 @@ def _weight_differences(stored: Mapping[str, ir.Value], made: Mapping[str, ir.Va
             yield f"weight {name}: want {_type(stored[name])}, found none"
 
 
-def _interface(kind: str, stored: list[ir.Value], made: list[ir.Value], pairs: Pairs) -> Iterator[str]:
+def _interface(kind: str, stored: Sequence[ir.Value], made: Sequence[ir.Value], pairs: Pairs) -> Iterator[str]:
     for want, found in zip_longest(stored, made):
         if want is None or found is None or (want.name, _type(want)) != (found.name, _type(found)):
             yield f"an {kind}: want {_name(want)}, found {_name(found)}"
