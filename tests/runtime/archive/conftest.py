@@ -17,8 +17,16 @@ def bundle(tmp_path: Path) -> Path:
     return write_bundle(tmp_path / "bundle")
 
 
+@pytest.fixture(scope="session")
+def archive_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An archive of everything in it, packed once: the disk takes its time to say that it has one."""
+    place = tmp_path_factory.mktemp("packed")
+    pack(write_bundle(place / "bundle"), place / "model.lvd", PackOptions(engines=(ENGINE,)))
+    return (place / "model.lvd").read_bytes()
+
+
 @pytest.fixture
-def archive(bundle: Path, tmp_path: Path) -> Path:
-    """An archive of everything in it."""
-    pack(bundle, tmp_path / "model.lvd", PackOptions(engines=(ENGINE,)))
+def archive(archive_bytes: bytes, tmp_path: Path) -> Path:
+    """The same in a file."""
+    (tmp_path / "model.lvd").write_bytes(archive_bytes)
     return tmp_path / "model.lvd"
