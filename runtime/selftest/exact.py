@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH
 from llava_deploy.engines.names import AccuracyLevel
@@ -12,8 +11,8 @@ from llava_deploy.runtime.backend_choice import OnnxRuntimeChoice
 from llava_deploy.runtime.bundle import Bundle
 from llava_deploy.runtime.encoding import PromptEncoder
 from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeDecoder, OnnxRuntimeOptions, OnnxRuntimeVision
-from llava_deploy.runtime.selftest.limits import float_limits, rounds_activations
-from llava_deploy.runtime.selftest.replay import Recorded, guarded, replay_features, replay_logits
+from llava_deploy.runtime.selftest.limits import Rounding, rounds_activations
+from llava_deploy.runtime.selftest.replay import Recorded, features_stage, logits_stage, replay_twice
 from llava_deploy.runtime.selftest.report import GoldenStage, NotRun
 
 _EXACT: AccuracyLevel = 1
@@ -57,20 +56,19 @@ def exact_stages(
             "tell were left out when the bundle was packed",
         )
         return
-    limits = float_limits(manifest.model.precision, engine=False)
+    rounding = Rounding(manifest.model.precision, integers=False)
     exact = None if manifest.quantization is None else _EXACT
     options = OnnxRuntimeOptions(threads, exact)
     vision = OnnxRuntimeVision(bundle.path(VISION_GRAPH), manifest.vision, options)
-    for one in many if vision_too else ():
-        if one.golden.pictures:
-            run = partial(replay_features, one, vision, limits, _FEATURES)
-            yield GoldenStage(one.golden.name, guarded(_FEATURES, "image features", run))
+    if vision_too:
+        seeing = [one for one in many if one.golden.pictures]
+        for one, result in replay_twice(features_stage(_FEATURES, vision, rounding), seeing):
+            yield GoldenStage(one.golden.name, result)
     if logits_too:
         encoder = PromptEncoder(bundle, vision)
         decoder = OnnxRuntimeDecoder(bundle.path(DECODER_GRAPH), manifest.decoder, max_len, options)
-        for one in many:
-            run = partial(replay_logits, one, encoder, decoder, limits, _LOGITS)
-            yield GoldenStage(one.golden.name, guarded(_LOGITS, "logits", run))
-        del decoder, encoder, run
+        for one, result in replay_twice(logits_stage(_LOGITS, encoder, decoder, rounding), many):
+            yield GoldenStage(one.golden.name, result)
+        del decoder, encoder
     del vision
     gc.collect()  # before the other model comes

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,9 @@ from llava_deploy.runtime.llava import Llava
 from llava_deploy.runtime.new_tokens import NewTokens, splice_rows
 from llava_deploy.runtime.pictures import load_picture
 from llava_deploy.runtime.prompt import render_chat
-from llava_deploy.runtime.selftest.limits import (
-    FLOAT16_SPLICE,
-    FLOAT32_SPLICE,
-    Limits,
-    compared,
-    compared_pixels,
-    failed,
-)
+from llava_deploy.runtime.selftest.limits import Limits, Rounding, compared, compared_pixels, failed, moved
 from llava_deploy.runtime.selftest.texts import text_difference, token_difference
-from llava_deploy.runtime.stages import StageKind, StageResult, token_stage
+from llava_deploy.runtime.stages import StageKind, StageResult, position_errors, token_stage
 from llava_deploy.runtime.tokenize import tokenize_prompt
 
 _TELLS_THE_DATE = "strftime_now"
@@ -79,13 +73,11 @@ def replay_pixels(one: Recorded, encoder: PromptEncoder) -> StageResult:
     return compared_pixels(found, one.array("pixel_values"), one.bundle.manifest.image)
 
 
-def replay_features(one: Recorded, vision: VisionSession, limits: Limits, name: str) -> StageResult:
-    """The recorded pixels to image features."""
-    pixels = one.array("pixel_values")
+def _features_of(vision: VisionSession, _one: Recorded, pixels: np.ndarray) -> np.ndarray:
+    """Pixels, some pictures at a time, to image features ``[pictures, patches, hidden]``."""
     groups = range(0, len(pixels), vision.max_images)
     runs = [run for at in groups for run in vision.encode(np.array(pixels[at : at + vision.max_images]))]
-    found = np.stack([run if isinstance(run, np.ndarray) else run.numpy() for run in runs])
-    return compared(name, "image features", found, one.array("image_features"), limits)
+    return np.stack([run if isinstance(run, np.ndarray) else run.numpy() for run in runs])
 
 
 def replay_prompt(one: Recorded, encoder: PromptEncoder) -> StageResult:
@@ -109,24 +101,63 @@ def replay_splice(one: Recorded, encoder: PromptEncoder) -> StageResult:
     features = list(one.array("image_features")) if golden.pictures else []
     ids = np.array(golden.input_ids, np.int64)
     (found,), _ = splice_rows([ids], [features], manifest.vision.patches, encoder.embed)
-    fp32 = manifest.model.precision == "fp32"
-    limit = FLOAT32_SPLICE if fp32 else FLOAT16_SPLICE
-    limits = Limits(limit, limit, "float32" if fp32 else "float16")
-    return compared("splice", "splice", found, one.array("inputs_embeds"), limits)
+    recorded = Rounding(manifest.model.precision, integers=False).recorded[0]  # what is copied is otherwise the same
+    return compared("splice", "splice", found, one.array("inputs_embeds"), Limits(recorded, recorded, None))
 
 
-def replay_logits(
-    one: Recorded, encoder: PromptEncoder, decoder: DecoderSession, limits: Limits, name: str
-) -> StageResult:
-    """The recorded embeddings, and then the recorded answer token by token, to logits."""
-    embeds = np.array(one.array("inputs_embeds"))[None]  # [1, seq, hidden]
-    wanted = one.array("logits")
+def _logits_of(encoder: PromptEncoder, decoder: DecoderSession, one: Recorded, embeds: np.ndarray) -> np.ndarray:
+    """Embeddings ``[seq, hidden]``, and then the recorded answer token by token, to logits ``[tokens, vocab]``."""
     decoder.clear()  # a fault before this must not be one of it
     decoder.begin(1)
-    prompt = NewTokens(embeds, (), 0, np.array([embeds.shape[1]]))
+    prompt = NewTokens(np.array(embeds)[None], (), 0, np.array([len(embeds)]))
     along = logits_along(decoder, prompt, [one.golden.token_ids], encoder.embed)
-    found = np.concatenate([row.copy() for row in along])  # [tokens, vocab]
-    return compared(name, "logits", found, wanted, limits)
+    return np.concatenate([row.copy() for row in along])
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage whose numbers are rounded: what it is called, given and compared with, and how it runs."""
+
+    name: str
+    kind: StageKind
+    given: GoldenArray
+    wanted: GoldenArray
+    rounding: Rounding
+    run: Callable[[Recorded, np.ndarray], np.ndarray]
+
+
+def features_stage(name: str, vision: VisionSession, rounding: Rounding) -> Stage:
+    """The recorded pixels to image features."""
+    run = partial(_features_of, vision)
+    return Stage(name, "image features", "pixel_values", "image_features", rounding, run)
+
+
+def logits_stage(name: str, encoder: PromptEncoder, decoder: DecoderSession, rounding: Rounding) -> Stage:
+    """The recorded embeddings, and then the recorded answer token by token, to logits."""
+    run = partial(_logits_of, encoder, decoder)
+    return Stage(name, "logits", "inputs_embeds", "logits", rounding, run)
+
+
+def replay_twice(stage: Stage, many: Sequence[Recorded]) -> Iterator[tuple[Recorded, StageResult]]:
+    """Run a stage over all goldens, and again from inputs that were moved a little; see :mod:`.limits`."""
+    found: dict[str, np.ndarray] = {}
+    chances: dict[str, np.ndarray] = {}
+    errors: dict[str, str] = {}
+    for one in many:
+        given, name = one.array(stage.given), one.golden.name
+        try:
+            first, again = stage.run(one, given), stage.run(one, moved(given, stage.rounding.dtype))
+        except LlavaDeployError as error:
+            errors[name] = str(error)
+            continue
+        found[name], chances[name] = first, position_errors(again, first)
+    limits = dict(zip(chances, stage.rounding.limits(list(chances.values())), strict=True))
+    for one in many:
+        name = one.golden.name
+        if name in errors:
+            yield one, failed(stage.name, stage.kind, errors[name])
+        else:
+            yield one, compared(stage.name, stage.kind, found[name], one.array(stage.wanted), limits[name])
 
 
 def replay_tokens(many: Sequence[Recorded], noises: Sequence[float], llava: Llava, name: str) -> list[StageResult]:

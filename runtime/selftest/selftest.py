@@ -21,17 +21,18 @@ from llava_deploy.runtime.encoding import PromptEncoder
 from llava_deploy.runtime.llava import Llava
 from llava_deploy.runtime.loading import Sessions, open_sessions
 from llava_deploy.runtime.selftest.exact import exact_stages, rounds_features, rounds_logits
-from llava_deploy.runtime.selftest.files import Checked, check_bundle, engine_of, require_goldens, unreadable
-from llava_deploy.runtime.selftest.limits import INT8, Limits, failed, float_limits
+from llava_deploy.runtime.selftest.files import Checked, check_bundle, require_goldens, unreadable
+from llava_deploy.runtime.selftest.limits import Rounding, failed
 from llava_deploy.runtime.selftest.replay import (
     Recorded,
+    features_stage,
     guarded,
-    replay_features,
-    replay_logits,
+    logits_stage,
     replay_pixels,
     replay_prompt,
     replay_splice,
     replay_tokens,
+    replay_twice,
 )
 from llava_deploy.runtime.selftest.report import (
     SCHEMA_VERSION,
@@ -158,7 +159,7 @@ class _Replay:
         self._bundle = bundle
         self._sessions = sessions
         self._encoder = PromptEncoder(bundle, sessions.vision)
-        self._features, self._logits = _limits(bundle, checked, sessions)
+        self._features, self._logits = _roundings(bundle, checked, sessions)
 
     def stages(self, many: list[Recorded]) -> Iterator[GoldenStage | NotRun]:
         """Their results, in the order in which data passes the stages."""
@@ -166,20 +167,16 @@ class _Replay:
         seeing = [one for one in many if one.golden.pictures]
         for one in seeing:
             yield _named(one, guarded("pixels", "pixels", partial(replay_pixels, one, encoder)))
-        name = "image features"
-        for one in seeing:
-            features = partial(replay_features, one, sessions.vision, self._features, name)
-            yield _named(one, guarded(name, "image features", features))
+        for one, result in replay_twice(features_stage("image features", sessions.vision, self._features), seeing):
+            yield _named(one, result)
         for one in many:
             yield _named(one, guarded("prompt", "prompt", partial(replay_prompt, one, encoder)))
         for one in many:
             yield _named(one, guarded("splice", "splice", partial(replay_splice, one, encoder)))
         noise: dict[str, float] = {}
-        for one in many:
-            run = partial(replay_logits, one, encoder, sessions.decoder, self._logits, "logits")
-            logits = guarded("logits", "logits", run)
-            noise[one.golden.name] = logits.max_abs_error
-            yield _named(one, logits)
+        for one, result in replay_twice(logits_stage("logits", encoder, sessions.decoder, self._logits), many):
+            noise[one.golden.name] = result.max_abs_error
+            yield _named(one, result)
         yield from self._answers(many, noise)
 
     def _answers(self, many: list[Recorded], noise: dict[str, float]) -> Iterator[GoldenStage | NotRun]:
@@ -215,14 +212,13 @@ class _Replay:
         return Llava(self._bundle, self._encoder, self._sessions.decoder, self._sessions.reason)
 
 
-def _limits(bundle: Bundle, checked: Checked, sessions: Sessions) -> tuple[Limits, Limits]:
+def _roundings(bundle: Bundle, checked: Checked, sessions: Sessions) -> tuple[Rounding, Rounding]:
     """Of image features, and of logits."""
     precision, choice = bundle.manifest.model.precision, checked.choice
-    if sessions.backend != "onnxruntime" or not isinstance(choice, OnnxRuntimeChoice):
-        limits = float_limits(precision, engine=False)
-        return limits, limits
-    limits = float_limits(precision, engine=engine_of(bundle, choice) is not None)
-    return INT8 if rounds_features(choice) else limits, INT8 if rounds_logits(choice) else limits
+    on_cpu = sessions.backend == "onnxruntime" and isinstance(choice, OnnxRuntimeChoice)
+    kinds = (rounds_features(choice), rounds_logits(choice)) if on_cpu else (False, False)
+    features, logits = (Rounding(precision, integers) for integers in kinds)
+    return features, logits
 
 
 def _rows(decoder: DecoderSession, most: int) -> int:
