@@ -22,6 +22,7 @@ What it refuses, and how it differs from a plain stub:
 - engines hold shapes against their profiles, addresses against alignment, ``present`` against ``past``;
 - ``fail(name, at=n)`` makes the n-th call from now on fail, ``memory.total`` is all there is, ``driver = 0`` is a
   machine without a driver and ``driver = 11040`` one with an old one, ``capability`` is the GPU's;
+- an engine is refitted from a file with all of its weights, ``unknown_weights`` are those that it has no name for;
 - ``provide("tensorrt", "10.3.0")`` installs the full TensorRT, ``withhold("tensorrt_rtx")`` takes a module away.
 """
 
@@ -66,6 +67,7 @@ class FakeGpu:
         self.illegal: list[str] = []
         self.broken: Any = None
         self.last_error: Any = None
+        self.unknown_weights: set[str] = set()
         self.contexts: weakref.WeakSet[FakeContext] = weakref.WeakSet()
         self.engines: weakref.WeakSet[FakeEngine] = weakref.WeakSet()
         self.cuda = FakeCuda(self)
@@ -121,6 +123,12 @@ class FakeGpu:
             self._sessions[path] = open_session(path)
         return self._sessions[path]
 
+    def new_place(self) -> Path:
+        """An empty directory that lasts as long as the GPU."""
+        place = self._place / str(len(list(self._place.iterdir())))
+        place.mkdir()
+        return place
+
     def write_engine(
         self,
         bundle: Path,
@@ -134,15 +142,15 @@ class FakeGpu:
         parts: tuple[int, ...] | None = None,
         passes: Sequence[ir.passes.InPlacePass] | None = None,
         version_compatible: bool = False,
+        refittable: bool = False,
     ) -> Path:
         """An engine's directory that this GPU runs.
 
         ``parts`` are the layers of each plan of the decoder, by default one; ``passes`` go over the decoder in place of
         the usual ones.
         """
-        graphs = self._place / str(len(list(self._place.iterdir())))
-        graphs.mkdir()
         return write_engine(
-            bundle, directory, graphs, backend=backend, version=version, limits=limits, capabilities=capabilities,
-            cache=cache, parts=parts, passes=passes, version_compatible=version_compatible,
+            bundle, directory, self.new_place(), backend=backend, version=version, limits=limits,
+            capabilities=capabilities, cache=cache, parts=parts, passes=passes, version_compatible=version_compatible,
+            refittable=refittable,
         )  # fmt: skip

@@ -70,6 +70,7 @@ def write_engine(
     parts: tuple[int, ...] | None,
     passes: Sequence[ir.passes.InPlacePass] | None,
     version_compatible: bool,
+    refittable: bool,
 ) -> Path:
     """Write an engine's directory, by default where the bundle's engines are; lowered graphs go below ``graphs``."""
     manifest = read_manifest(bundle)
@@ -77,7 +78,7 @@ def write_engine(
     spoken = f"{release.major}.{release.minor}"
     shape, vision = manifest.decoder, manifest.vision.spec(limits.max_images)
     parts = (shape.layers,) if parts is None else parts
-    recipe = TensorRtRecipe(spoken, cache, parts, limits, capabilities, None, version_compatible, refittable=False)
+    recipe = TensorRtRecipe(spoken, cache, parts, limits, capabilities, None, version_compatible, refittable)
     key = EngineKey(backend, version, "-".join(capabilities), source_digest(manifest), None, recipe)
     directory = bundle / key.directory if directory is None else directory
     directory.mkdir(parents=True)
@@ -90,6 +91,7 @@ def write_engine(
         onnx = lower_file(bundle / DECODER_GRAPH, place, [TakeLayers(layers), *passes])
         plans[plan] = onnx, profiles_of(part_spec(whole, shape, layers), decoder_sizes(limits, cache))
     common = {"backend": backend, "version": version, "capabilities": capabilities, "cache": cache}
+    common["refittable"] = refittable
     write_plans(directory, common, plans)
     files = tuple(describe_file(directory, plan) for plan in plans)
     text = EngineManifest(ENGINE_FORMAT_VERSION, key, {"fake": "1"}, files).to_json()

@@ -12,6 +12,7 @@ import onnxruntime
 import tensorrt_rtx as real
 
 from fake_gpu.memory import ALIGNMENT, GARBAGE
+from fake_gpu.refit import FakeOnnxParserRefitter, FakeRefitter, Refittable
 from fake_gpu.signatures import held_against
 from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY
 
@@ -34,7 +35,9 @@ AFTER_10_3 = {"IRuntimeConfig", "IStreamReaderV2"}
 
 
 class FakeTensorRt:
-    """Stands in for the module; everything but Runtime is the real one's."""
+    """Stands in for the module; everything but Runtime and refitters is the real one's."""
+
+    Refitter, OnnxParserRefitter = FakeRefitter, FakeOnnxParserRefitter
 
     def __init__(self, gpu: FakeGpu, name: str, version: str) -> None:
         self._gpu, self._name = gpu, name
@@ -117,7 +120,7 @@ class FakeRuntimeConfig(_Checked):
 
 
 @held_against(real.ICudaEngine)
-class FakeEngine(_Checked):
+class FakeEngine(Refittable, _Checked):
     def __init__(self, runtime: FakeRuntime, plan: dict[str, Any]) -> None:
         self._runtime, self._logger, self._gpu, self._plan = runtime, runtime._logger, runtime._gpu, plan
         self._session = self._gpu.session(Path(plan["onnx"]))
