@@ -20,8 +20,9 @@ _STYLES: dict[Level, str] = {"fault": "bold red", "warning": "yellow", "hint": "
 
 def diagnosis_tables(diagnosis: Diagnosis) -> Group:
     """The machine, the backends, each bundle, and the findings at the end, where they are read."""
-    parts: list[RenderableType] = [_machine(diagnosis), _backends(diagnosis)]
-    parts += [_bundle(report) for report in diagnosis.bundles]
+    parts: list[RenderableType] = [_machine(diagnosis), "", _backends(diagnosis)]
+    for report in diagnosis.bundles:
+        parts += [_bundle(report), ""]
     return Group(*parts, _findings(diagnosis))
 
 

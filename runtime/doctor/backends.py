@@ -20,6 +20,9 @@ from llava_deploy.runtime.doctor.packages import LEAST, Library, Packages
 DRIVERS = {11: 450, 12: 525, 13: 580}
 """The least driver for each major version of CUDA."""
 
+_OLDER_CUDA = 12
+"""The least that there are wheels for; pip takes cuda-python and TensorRT for a later one where nothing is said."""
+
 INSTALL_CPU = "pip install 'llava-deploy[cpu]'"
 _LEAST_TENSORRT = 75  # a compute capability
 
@@ -58,18 +61,20 @@ def cuda_major(graphics: Graphics) -> int | None:
 
 
 def install_tensorrt(backend: TensorRtBackend, host: Host, graphics: Graphics) -> str:
-    """The command that installs it here."""
+    """The command that installs it here; of packages that pip has for several CUDAs, those that the driver is for."""
     if host.is_jetson and backend == "tensorrt":
         return (
             "sudo apt install nvidia-jetpack; a virtual environment sees its TensorRT with "
             "python3 -m venv --system-site-packages"
         )
-    if backend == "tensorrt":
-        return "pip install 'llava-deploy[tensorrt]'"
     major = cuda_major(graphics)
-    if major is not None and major < min(DRIVERS.keys() - {11}):
-        return f"update the NVIDIA driver to {DRIVERS[12]} or later, then pip install 'llava-deploy[rtx]'"
-    return "pip install 'llava-deploy[rtx]'"
+    if backend == "tensorrt":
+        if major == _OLDER_CUDA:
+            return f"pip install llava-deploy tensorrt-cu{major} 'cuda-python=={major}.*'"
+        return "pip install 'llava-deploy[tensorrt]'"
+    if major is not None and major < _OLDER_CUDA:
+        return f"update the NVIDIA driver to {DRIVERS[_OLDER_CUDA]} or later, then pip install 'llava-deploy[rtx]'"
+    return "pip install 'llava-deploy[rtx]'" + (f" 'cuda-python=={major}.*'" if major == _OLDER_CUDA else "")
 
 
 def _onnxruntime(host: Host, packages: Packages) -> BackendVerdict:
@@ -123,10 +128,8 @@ def _refusal(backend: TensorRtBackend, capability: str | None) -> str:
         return ""
     if backend == "tensorrt-rtx":
         return "" if capability in RTX_CAPABILITIES else f"TensorRT for RTX 1.7 knows no {capability}"
-    number = int(capability.removeprefix("sm"))
-    return (
-        "" if number >= int(_LEAST_TENSORRT.removeprefix("sm")) else f"TensorRT wants sm75 or later, not {capability}"
-    )
+    is_old = int(capability.removeprefix("sm")) < _LEAST_TENSORRT
+    return f"TensorRT wants sm{_LEAST_TENSORRT} or later, found {capability}" if is_old else ""
 
 
 def _lacks(name: str, library: Library, least: tuple[int, int]) -> str:
@@ -147,7 +150,7 @@ def _again(library: Library, wanted: str) -> str:
 
 def _for_older_driver(backend: TensorRtBackend, has: int, wants: int) -> str:
     update = f"update the NVIDIA driver to {DRIVERS.get(wants, DRIVERS[13])} or later"
-    if has < min(DRIVERS.keys() - {11}):
+    if has < _OLDER_CUDA:
         return update
     package = "tensorrt-rtx-cu" if backend == "tensorrt-rtx" else "tensorrt-cu"
     return f"{update}, or pip install {package}{has} 'cuda-python=={has}.*'"

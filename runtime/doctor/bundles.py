@@ -6,6 +6,7 @@ Nothing is loaded: engines are judged by their manifests, which are held against
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,15 +172,19 @@ def look_at_bundle(directory: Path, here: Here, planner: Planner) -> BundleRepor
     )
 
 
+def _quoted(directory: Path) -> str:
+    return shlex.quote(str(directory))
+
+
 def _next(directory: Path, backends: tuple[BundleBackend, ...], *, goldens: bool) -> tuple[str, ...]:
     states, commands = {backend.state for backend in backends}, []
     if goldens and states != {"cannot"}:
-        commands.append(f"llava-deploy selftest {directory}" + ("" if "runs" in states else " --build"))
+        commands.append(f"llava-deploy selftest {_quoted(directory)}" + ("" if "runs" in states else " --build"))
     if "runs" in states:
-        commands.append(f"llava-deploy chat {directory} --image PICTURE")
+        commands.append(f"llava-deploy chat {_quoted(directory)} --image PICTURE")
     builds = [each.next for each in reversed(backends) if each.next]  # a GPU first
     if not goldens:
-        builds.append(f"llava-deploy record CHECKPOINT {directory}, where the checkpoint is, for the self-test")
+        builds.append(f"llava-deploy record CHECKPOINT {_quoted(directory)}")
     return tuple(dict.fromkeys((*commands, *builds)))
 
 
@@ -205,7 +210,7 @@ def _with_onnxruntime(bundle: Bundle, here: Here) -> tuple[State, str, str]:
     except LlavaDeployError as error:
         return "cannot", str(error), ""
     built = choice.decoder.parent != bundle.directory
-    command = f"llava-deploy build {bundle.directory} --backend onnxruntime"
+    command = f"llava-deploy build {_quoted(bundle.directory)} --backend onnxruntime"
     return "runs", choice.reason.partition("; ")[0], "" if built or not here.packages.can_build else command
 
 
@@ -227,7 +232,7 @@ def _with_tensorrt(backend: TensorRtBackend, bundle: Bundle, here: Here) -> tupl
         return "cannot", f"{how}, and its graphs, to build one from, were left out", ""
     if not here.packages.can_build:
         return "cannot", f"{how}, and none can be built here without onnx-ir", "pip install 'llava-deploy[build]'"
-    return "build first", how, f"llava-deploy build {bundle.directory} --backend {backend}"
+    return "build first", how, f"llava-deploy build {_quoted(bundle.directory)} --backend {backend}"
 
 
 def _misfit(directory: Path, bundle: Bundle, module: TensorRtModule, gpu: Gpu) -> str | None:
@@ -258,6 +263,7 @@ def bundle_findings(reports: Iterable[BundleReport]) -> Iterator[Finding]:
             yield Finding("fault", f"{report.directory}: nothing here runs it as it is", advice)
         elif all(backend.fits is False for backend in running):
             most = max(backend.largest_len or 0 for backend in running)
-            advice = f"llava-deploy chat {report.directory} --max-len {most}" if most else "stop what else runs"
+            shorter = f"llava-deploy chat {_quoted(Path(report.directory))} --max-len {most}"
+            advice = shorter if most else "stop what else runs"
             words = f"no more than {most} tokens of context" if most else "not even one token of context"
             yield Finding("warning", f"{report.directory}: the memory that is free has room for {words}", advice)

@@ -22,7 +22,7 @@ Level = Literal["fault", "warning", "hint", "ok"]
 
 LEVELS: tuple[Level, ...] = get_args(Level)
 GB = 10**9
-_SCARCE = 0.25
+_SCARCE = 0.3
 """Share of the memory below which it is said that little is left."""
 
 _FEW = 2 * GB
