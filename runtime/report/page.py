@@ -49,7 +49,7 @@ def render_with(record: Record, figures: Figures) -> str:
         machine=facts.machine_table(record),
         remarks=facts.remarks(record),
         files=[facts.files_table(one) for one in record.bundles],
-        stages=[facts.stages_table(one) for one in record.bundles if one.tested.stages],
+        stages=[facts.stages_table(one) for one in record.bundles],
     )
 
 
@@ -73,6 +73,6 @@ def no_energy(record: Record) -> list[str]:
         for one in record.bundles
         if one.energy is None and one.walk is not None
     }
-    if len({*said.values()}) == 1:
+    if len({*said.values()}) == 1 and not any(one.energy for one in record.bundles):
         return [f"Energy is {next(iter(said.values()))}."]
     return [f"{label}: {reason}." for label, reason in said.items()]

@@ -12,6 +12,7 @@ from llava_deploy.runtime.report.units import count, milliseconds, seconds, shar
 from llava_deploy.runtime.report.verdict import device_peak, peak_bytes
 
 NOTHING = "not measured"
+_TIED = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,18 @@ def _compared(
 
 
 def _beside(value: float, before: float, shown: Callable[[float], str]) -> str:
-    ratio = "" if not before or value == before else f" ({value / before:.2f} ×)"
-    return f"{shown(value)}{ratio}"
+    ratio = "" if not before or value == before else f" ({value / before:.2f}{_TIED}×)"
+    return f"{shown(value).replace(' ', _TIED)}{ratio}"
 
 
 def _accuracy(one: BundleRecord, first: BundleRecord) -> str:
     if one.accuracy is None:
         return NOTHING
-    said = share(one.accuracy.total.accuracy)
+    said = share(one.accuracy.total.accuracy).replace(" ", _TIED)
     if one is first or first.accuracy is None:
         return said
-    return f"{said} ({signed_points(one.accuracy.total.accuracy - first.accuracy.total.accuracy)})"
+    gap = signed_points(one.accuracy.total.accuracy - first.accuracy.total.accuracy)
+    return f"{said} ({gap.replace(' ', _TIED)})"
 
 
 def _same_token(one: BundleRecord) -> str:
@@ -102,7 +104,7 @@ def _peak(one: BundleRecord) -> str:
 
 
 def _energy(one: BundleRecord) -> str:
-    return "not told by this machine" if one.energy is None else _joules(one.energy.joules_per_token)
+    return "not told" if one.energy is None else _joules(one.energy.joules_per_token)
 
 
 def _joules(value: float) -> str:

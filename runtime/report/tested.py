@@ -37,5 +37,5 @@ def tested_of(report: SelftestReport) -> Tested:
 
 def _stage(stage: GoldenStage) -> TestedStage:
     result = stage.result
-    off = f"off by {result.error:.3g}, allowed {result.tolerance:.3g}"
-    return TestedStage(str(stage), "passed" if result.ok else "failed", "; ".join(filter(None, [off, result.detail])))
+    detail = "; ".join(filter(None, [result.detail, f"off by {result.error:.2g} of {result.tolerance:.2g} allowed"]))
+    return TestedStage(str(stage), "passed" if result.ok else "failed", detail)
