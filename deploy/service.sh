@@ -1,0 +1,57 @@
+# shellcheck shell=bash
+# The part of install.sh that makes the service; it is sourced there and uses what stands there.
+: "${prefix:?}" "${model:?}" "${name:?}" "${here:?}" "${extras:?}" "${stamp:?}" "${dry:?}" "${archive?}" "${before?}"
+
+unit="llava-deploy@$name.service" place=/etc/systemd/system/llava-deploy@.service
+version="$(systemctl --version 2>/dev/null | awk 'NR == 1 { print $2 }')"
+rendered() {
+    local changes=(-e "s|/opt/llava-deploy|$prefix|g")
+    if ((${version:-0} < 254)); then # it knows no growing delays
+        changes+=(-e '/^RestartSteps=/d' -e '/^RestartMaxDelaySec=/d' -e 's/^RestartSec=.*/RestartSec=30s/')
+    fi
+    sed "${changes[@]}" -- "$here/llava-deploy@.service"
+}
+rendered | write "$place" 644
+case $extras in
+    *rtx* | *tensorrt* | *gpu*) write "$place.d/gpu.conf" 644 <"$here/gpu.conf" ;;
+    jetson) write "$place.d/jetson.conf" 644 <"$here/jetson.conf" ;;
+esac
+printf 'u llava-deploy - "answers questions about pictures"\n' | write /etc/sysusers.d/llava-deploy.conf 644
+if [[ -n $archive && ! -e $root/etc/llava-deploy/$name.env ]]; then
+    folder /etc/llava-deploy
+    note config "/etc/llava-deploy/$name.env"
+    # shellcheck disable=SC2016
+    printf '# Of the service %s; see: llava-deploy serve --help\nLLAVA_DEPLOY_OPTIONS=\n' "$unit" |
+        root install -m 644 /dev/stdin "$root/etc/llava-deploy/$name.env"
+fi
+if [[ -n $root ]]; then
+    say "   The unit is written; in that system: systemd-sysusers, then systemctl enable $unit"
+elif [[ -z $version || ! -d /run/systemd/system ]]; then
+    say "   systemd does not run here: the unit is written, and nothing was started"
+else
+    getent passwd llava-deploy >/dev/null || note user llava-deploy
+    root systemd-sysusers /etc/sysusers.d/llava-deploy.conf
+    root systemctl daemon-reload
+    if [[ -n $archive ]]; then
+        note unit "$unit"
+        root systemctl enable "$unit"
+        if ! root systemctl restart "$unit"; then
+            say "error: $unit does not start; what it says: journalctl -u $unit -n 50" >&2
+            if [[ -n $before ]]; then
+                say "   Back to what ran before" >&2
+                switch "$before"
+                if [[ -n $old ]]; then
+                    root mv -T -- "$model" "$model.failed.$stamp"
+                    root mv -T -- "$old" "$model"
+                fi
+                root systemctl restart "$unit" || true
+            fi
+            exit 1
+        fi
+        say "   It answers on /run/llava-deploy/$name/socket; who may ask: usermod -aG llava-deploy USER"
+    fi
+    # Services of other models go over to the new program, too.
+    for other in $(systemctl list-units --plain --no-legend 'llava-deploy@*.service' | awk '{ print $1 }'); do
+        [[ -n $archive && $other == "$unit" ]] || root systemctl restart "$other"
+    done
+fi
