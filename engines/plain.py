@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -57,5 +58,11 @@ def _instance(want: type, value: Any, where: str) -> Any:
     missing, unknown = [n for n in names if n not in value], sorted(set(value) - set(names))
     if missing or unknown:
         raise TypeError(f"{where}: missing {missing}, unknown {unknown}")
-    hints = typing.get_type_hints(want)
+    hints = _hints(want)
     return want(**{n: from_plain(hints[n], value[n], f"{where}.{n}") for n in names})
+
+
+@functools.cache
+def _hints(want: type) -> dict[str, Any]:
+    """A class's annotations; to evaluate them takes longer than to hold a value against them."""
+    return typing.get_type_hints(want)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +33,14 @@ def archive(archive_bytes: bytes, tmp_path: Path) -> Path:
     """The same in a file."""
     (tmp_path / "model.lvd").write_bytes(archive_bytes)
     return tmp_path / "model.lvd"
+
+
+@pytest.fixture
+def quick_place(tmp_path: Path) -> Iterator[Path]:
+    """An empty directory in memory, where there is such a thing: for thousands of files."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as directory:
+        yield Path(directory)
