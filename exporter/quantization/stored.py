@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,9 +109,10 @@ def _bundle_tensor(
         if part is not None and part.const_value is not None:
             parts.append(part.const_value)
     rows, columns = shape
+    groups, *one_each = parts[1].shape.numpy()  # without groups there is a scale of each column
     form = WeightFormat(
         bits=4 if bits == 4 else 8,
-        group_size=rows // (math.prod(parts[1].shape.numpy()) // columns),
+        group_size=rows // groups if one_each else None,
         symmetric=f"{name}_zero_point" not in initializers,
         permuted=f"{name}_permutation" in initializers,
     )
