@@ -30,7 +30,7 @@ from llava_deploy.exporter.quantization.request import QuantizeRequest
 from llava_deploy.runtime.command_archive import describe_archive, pack, unpack
 from llava_deploy.runtime.command_bench import BenchRequest, bench_options, run_bench
 from llava_deploy.runtime.command_build import TensorRtRequest, refuse_tensorrt_options, tensorrt_options
-from llava_deploy.runtime.command_doctor import run_doctor
+from llava_deploy.runtime.command_doctor import doctor_command
 from llava_deploy.runtime.command_eval import EvalRequest, eval_options
 from llava_deploy.runtime.command_group import (
     PROGRAM,
@@ -58,8 +58,12 @@ from llava_deploy.runtime.command_selftest import SelftestRequest, run_selftest,
 from llava_deploy.runtime.command_serve import serve
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llava_deploy.engines.planner.plan import StagePlan
     from llava_deploy.runtime.backend_choice import BackendName
     from llava_deploy.runtime.bench.bench import BoundOf
+    from llava_deploy.runtime.doctor.bundles import Room
 
 
 _accuracy_level = click.option(
@@ -472,21 +476,6 @@ def verify(
         raise LlavaDeployError(f"{report.first_failure} is the first stage out of tolerance")
 
 
-@main.command(epilog=examples("doctor", "doctor bundle", "doctor bundle --json"))
-@click.argument("bundles", type=PATH, nargs=-1, metavar="[BUNDLE ...]")
-@json_option
-def doctor(bundles: tuple[Path, ...], as_json: bool) -> None:
-    """Say what this machine has, and what bundles could do on it.
-
-    System, processor, memory, GPU with its driver, power mode, and what is installed and really loads; which backend
-    runs, and what to install for the others. Of a bundle: which engines fit, whether memory does, and what to type.
-    Nothing is changed. Fails where nothing can run a bundle, or one of those that are named.
-    """
-    from llava_deploy.engines.planner.fits import stages_here
-
-    run_doctor(bundles, lambda bundle, room: stages_here(bundle, **dataclasses.asdict(room)), as_json=as_json)
-
-
 @main.command(epilog=examples("demo", "demo -o elsewhere --seed 7"))
 @click.option("-o", "--output", type=PATH, default=Path("demo-output"), show_default=True, metavar="DIR")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the drawn pictures.")
@@ -515,8 +504,15 @@ def completion(shell: str) -> None:
     click.echo(kind(main, {}, PROGRAM, f"_{PROGRAM}_COMPLETE".replace("-", "_").upper()).source())
 
 
+def _stages_here(bundle: Path, room: Room) -> Sequence[StagePlan]:
+    from llava_deploy.engines.planner.fits import stages_here
+
+    return stages_here(bundle, **dataclasses.asdict(room))
+
+
 main.add_command(record)
 main.add_command(swap)
 main.add_command(pack)
 main.add_command(unpack)
 main.add_command(serve)
+main.add_command(doctor_command(_stages_here))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -33,7 +34,7 @@ def _machine(diagnosis: Diagnosis) -> Table:
     if host.board is not None:
         jetson = [f"L4T {host.l4t}" if host.l4t else "", f"JetPack {host.jetpack}" if host.jetpack else ""]
         rows.append(("board", ", ".join(each for each in (host.board, *jetson) if each)))
-    cores = f"{host.cores} cores, {host.processors} processors for this process"
+    cores = f"{host.cores} core{'' if host.cores == 1 else 's'}, {host.processors} processors for this process"
     rows.append(("processor", ", ".join((host.processor or "unknown", cores, *host.extensions))))
     rows.append(("memory", _memory(memory)))
     if memory.swap_total:
@@ -128,7 +129,7 @@ def _backends(diagnosis: Diagnosis) -> Table:
 
 
 def _bundle(report: BundleReport) -> RenderableType:
-    title = f"Bundle {report.directory}"
+    title = escape(f"Bundle {report.directory}")
     if report.trouble:
         return facts(title, [("cannot be used", report.trouble)])
     goldens = "goldens for the self-test" if report.goldens else "no goldens"

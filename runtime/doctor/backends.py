@@ -107,7 +107,7 @@ def _tensorrt(backend: TensorRtBackend, host: Host, graphics: Graphics, packages
         missing.append(f"pip install 'cuda-python=={cuda_major(graphics) or 12}.*'")
     wants = max((each.cuda or 0 for each in (library, packages.cuda_python)), default=0)
     has = cuda_major(graphics)
-    if has is not None and wants > has:
+    if library.installed and has is not None and wants > has:
         reasons.append(
             f"the driver is too old: it is for CUDA {graphics.cuda or has}, and what is installed is for CUDA {wants}"
         )
