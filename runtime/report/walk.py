@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from llava_deploy.engines.errors import LlavaDeployError
+from llava_deploy.engines.errors import LlavaDeployError, OptionError
 from llava_deploy.engines.names import Backend
 from llava_deploy.engines.plain import from_plain
 from llava_deploy.runtime.backend_choice import Wanted
@@ -144,6 +144,9 @@ def main() -> None:
     way: Way = from_plain(Way, json.loads(sys.stdin.read()), "way")
     try:
         walked = walk(way)
+    except OptionError as error:
+        _say({"option": error.option, "reason": error.reason})
+        return
     except LlavaDeployError as error:
         _say({"error": str(error)})
         return

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
-from llava_deploy.engines.errors import LlavaDeployError
+from llava_deploy.engines.errors import LlavaDeployError, OptionError
 from llava_deploy.engines.plain import from_plain
 from llava_deploy.runtime.report.power import PowerMeter, PowerReading, mean_watts, open_power
 from llava_deploy.runtime.report.power_files import PowerFiles
@@ -67,6 +67,7 @@ def take_walk(way: Way, measuring: Measuring, files: PowerFiles, *, on_gpu: bool
         on_gpu: the bundle has an engine for a GPU that may be taken.
 
     Raises:
+        OptionError: an option that the backend does not have.
         LlavaDeployError: the process fails in a way that is none of this package's own errors.
     """
     meter, refusals = open_power(files, on_gpu=on_gpu)
@@ -95,6 +96,8 @@ def _run(way: Way) -> Walked | str:
     if "walked" in last:
         walked: Walked = from_plain(Walked, last["walked"], "walk")
         return walked
+    if "option" in last:
+        raise OptionError(last["option"], last["reason"])
     if "error" in last:
         return str(last["error"])
     when = _SPOKEN.get(last.get("phase", ""), "before it was loaded")

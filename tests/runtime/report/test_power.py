@@ -26,7 +26,9 @@ ORIN_NANO = (
     "11-23-2026 06:00:00 RAM 2467/7620MB (lfb 2x4MB) SWAP 0/3810MB CPU [3%@729,off,off] GR3D_FREQ 0% "
     "cpu@46.5C tj@47C VDD_IN 4893mW/4880mW VDD_CPU_GPU_CV 521mW/520mW VDD_SOC 1402mW/1400mW"
 )
-AGX_ORIN = "RAM 1/2MB VDD_GPU_SOC 2400mW/2400mW VDD_CPU_CV 800mW/800mW VIN_SYS_5V0 2013mW/2013mW VDDQ_VDD2_1V8AO 403mW/1mW"
+AGX_ORIN = (
+    "RAM 1/2MB VDD_GPU_SOC 2400mW/2400mW VDD_CPU_CV 800mW/800mW VIN_SYS_5V0 2013mW/2013mW VDDQ_VDD2_1V8AO 403mW/1mW"
+)
 NANO = "RAM 1/2MB POM_5V_IN 2524/2600 POM_5V_GPU 82/80 POM_5V_CPU 494/490"
 
 Tool = Callable[[str, str], None]
@@ -128,9 +130,7 @@ def test_counters_of_packages_and_memory_and_their_wrap(files: PowerFiles, monke
     assert read() == pytest.approx(0.5 / 2)
 
 
-def test_counters_that_cannot_be_read(
-    files: PowerFiles, tool: Tool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counters_that_cannot_be_read(files: PowerFiles, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     path = rapl(files, "intel-rapl:0", "package-0", 1)
     path.write_text("garbage", encoding="utf-8")
     with pytest.raises(OSError, match=r"are there, but cannot be read"):
@@ -180,9 +180,7 @@ def test_a_tool_that_streams_is_read_and_ended(files: PowerFiles, tool: Tool) ->
     ],
     ids=["hangs", "does not end", "fails", "does not know", "absurd", "garbage"],
 )
-def test_a_tool_that_tells_nothing_is_ended_and_said(
-    script: str, most: float, files: PowerFiles, tool: Tool
-) -> None:
+def test_a_tool_that_tells_nothing_is_ended_and_said(script: str, most: float, files: PowerFiles, tool: Tool) -> None:
     tool("nvidia-smi", script)
     began = time.monotonic()
     meter, refusals = open_power(files, on_gpu=True)

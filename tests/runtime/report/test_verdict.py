@@ -54,9 +54,7 @@ def test_bounds_of_the_loss() -> None:
         (500, 6, 0, "failed", "−1.2 points against fp32: more than the 1.0 points that it may lose"),
     ],
 )
-def test_accuracy_against_the_first(
-    asked: int, lost: int, gained: int, state: str, said: str, record: Record
-) -> None:
+def test_accuracy_against_the_first(asked: int, lost: int, gained: int, state: str, said: str, record: Record) -> None:
     found = check_accuracy(record.bundles[2].card, answered(asked, lost, gained), "fp32", ACCURACY_LOSS)
     assert found.state == state
     assert said in found.sentence
@@ -97,7 +95,9 @@ def test_memory_on_the_disk_and_on_the_gpu(record: Record) -> None:
     assert found.state == "failed"
     assert "5.0 MB of it went to the disk (swap)" in found.sentence
     on_gpu = replace(walk, samples=(*walk.samples, MemorySample(1.0, 1, 1, 0, 3 << 30)))
-    assert "3.2 GB of 4.3 GB that were free on the GPU" in check_memory(replace(on_gpu, device_available=4 << 30)).sentence
+    assert (
+        "3.2 GB of 4.3 GB that were free on the GPU" in check_memory(replace(on_gpu, device_available=4 << 30)).sentence
+    )
     assert check_memory(replace(on_gpu, device_available=2 << 30)).state == "failed"
 
 

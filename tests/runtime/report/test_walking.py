@@ -88,14 +88,14 @@ def gone(monkeypatch: pytest.MonkeyPatch, nothing_tells: PowerFiles) -> Callable
 
 
 def test_a_process_that_is_killed_has_too_little_memory(gone: Callable[[str], Journey]) -> None:
-    found = gone("import os; print('{\"phase\": \"load\"}', flush=True); os.kill(os.getpid(), 9)")
+    found = gone('import os; print(\'{"phase": "load"}\', flush=True); os.kill(os.getpid(), 9)')
     assert found.failure == (
         "the process was killed while it was loaded: most likely there is too little memory for it"
     )
 
 
 def test_a_process_that_crashes_says_where(gone: Callable[[str], Journey]) -> None:
-    found = gone("import os; print('{\"phase\": \"picture\"}', flush=True); os.abort()")
+    found = gone('import os; print(\'{"phase": "picture"}\', flush=True); os.abort()')
     assert found.failure is not None
     assert f"signal {int(signal.SIGABRT)} at its first question" in found.failure
 
