@@ -31,8 +31,13 @@ def selftest_tables(report: SelftestReport) -> Group:
         *figures, detail, mark = _figures(worst.result)
         stages.add_row(name, *figures, Text(f"{of}{detail}"), mark)
     left = [Text(f"not run: {each.what}: {each.reason}", "yellow") for each in report.not_run]
-    verdict = Text(f"{report.verdict}: {report.sentence}", "bold green" if report.ok else "bold red")
-    return Group(_head(report), stages, *left, verdict)
+    return Group(_head(report), stages, *left, _verdict(report))
+
+
+def _verdict(report: SelftestReport) -> Text:
+    first = report.first_failure  # its detail is in the table
+    said = report.sentence if first is None else f"{first} is the first stage out of tolerance"
+    return Text(f"{report.verdict}: {said}", "bold green" if report.ok else "bold red")
 
 
 def _head(report: SelftestReport) -> Table:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from itertools import islice
@@ -10,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from llava_deploy.engines.engine_manifest import ENGINES
+from llava_deploy.exporter.checkpoint import open_checkpoint
 from llava_deploy.exporter.demo.scenes import Example, Split, examples
+from llava_deploy.exporter.goldens.record import record
 from llava_deploy.runtime import Llava
 
 FORBIDDEN = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "polygraphy", "peft")
@@ -92,6 +97,27 @@ def test_the_command_line(
     result = barred(COMMAND, child_environment, "bench", demo_bundle, *few)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["bundle"]["precision"] == "fp32"
+
+
+def test_the_selftest(
+    demo_bundle: Path, demo_checkpoint: Path, tmp_path: Path, child_environment: dict[str, str]
+) -> None:
+    """Goldens are recorded with PyTorch and replayed without; building, which needs onnx-ir, says so."""
+    bundle = shutil.copytree(demo_bundle, tmp_path / "bundle", copy_function=os.link)
+    record(open_checkpoint(demo_checkpoint), bundle)
+    result = barred(COMMAND, child_environment, "selftest", bundle, "--threads", 1, "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["ok"] is True
+    assert report["goldens"] == 3
+    assert "torch" in report["bundle"]["recorded_with"]
+    assert "torch" not in report["versions"]
+    result = barred(COMMAND, child_environment, "selftest", bundle, "--build", "-q")  # its engine is there
+    assert result.returncode == 0, result.stderr
+    shutil.rmtree(bundle / ENGINES)
+    result = barred(COMMAND, child_environment, "selftest", bundle, "--build", "-q")
+    assert result.returncode == 1
+    assert "pip install 'llava-deploy[build]'" in result.stderr
 
 
 def test_what_needs_the_export_extra_says_so(
