@@ -41,7 +41,7 @@ class Listing:
     """
 
     format_version: int
-    kind: Literal["llava-deploy bundle"]
+    kind: Literal["llava-deploy-bundle"]
     model: str
     precision: str
     engines: tuple[str, ...]
@@ -58,7 +58,7 @@ def listing_of(manifest: Manifest, members: Iterable[FileEntry]) -> Listing:
     engines = sorted({entry.path.split("/")[1] for entry in ordered if of_engine(entry.path)})
     model = manifest.model
     return Listing(
-        ARCHIVE_FORMAT_VERSION, "llava-deploy bundle", model.name, model.precision, tuple(engines), tuple(ordered)
+        ARCHIVE_FORMAT_VERSION, "llava-deploy-bundle", model.name, model.precision, tuple(engines), tuple(ordered)
     )
 
 
