@@ -32,7 +32,7 @@ _TICKS_APART = 0.08  # of an axis
 _FEWEST_TICKS = 3
 _ROUND = ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), tuple(digit / 10 for digit in range(10, 100, 2)))
 _PHASES = {"load": SERIES[0], "picture": SERIES[4], "prefill": SERIES[1], "decode": SERIES[2]}
-_RC: dict[str, Any] = {
+_RC: dict[Any, Any] = {
     "font.size": 9.5,
     "text.color": INK.stand_in,
     "axes.edgecolor": RULE.stand_in,
@@ -48,6 +48,7 @@ _RC: dict[str, Any] = {
     "xtick.color": INK.stand_in,
     "ytick.color": INK.stand_in,
     "xtick.major.size": 0,
+    "xtick.major.pad": 5,
     "ytick.major.size": 0,
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
@@ -127,7 +128,7 @@ def _first_token(timed: Sequence[Timed]) -> Drawn:
             left = 0.0
             for (name, took), colour in zip(middle_round(one.speed.first_token).items(), SERIES, strict=True):
                 label = PARTS[name] if row == 0 else None
-                edge = {"edgecolor": GROUND.stand_in, "linewidth": 0.8}
+                edge: dict[str, Any] = {"edgecolor": GROUND.stand_in, "linewidth": 0.8}
                 axes.barh(row, 1e3 * took, left=1e3 * left, height=0.62, color=colour.stand_in, label=label, **edge)
                 left += took
             axes.text(1e3 * (left + 0.012 * longest), row, f"{three(1e3 * left)}", va="center")
@@ -188,8 +189,8 @@ def _roof(timed: Sequence[Timed]) -> Drawn:
         rates = [one.speed.bandwidth.bytes_per_second.median for one in timed]
         roof, low, high = sorted(rates)[len(rates) // 2], min(rates), max(rates)
         if high > low:
-            bounds = [[rate / end for end in ends] for rate in (low, high)]
-            axes.fill_between([end / 1e6 for end in ends], *bounds, color=FAINT.stand_in, alpha=0.2, linewidth=0)
+            least, most = ([rate / end for end in ends] for rate in (low, high))
+            axes.fill_between([end / 1e6 for end in ends], least, most, color=FAINT.stand_in, alpha=0.2, linewidth=0)
         line = [roof / end for end in ends]
         label = f"memory at {three(roof / 1e9)} GB/s"
         axes.plot([end / 1e6 for end in ends], line, color=FAINT.stand_in, linestyle="--", label=label)
@@ -197,7 +198,7 @@ def _roof(timed: Sequence[Timed]) -> Drawn:
             for batched in (False, True):
                 points = [decode for decode in one.decodes if (decode.batch > 1) == batched]
                 steps = [decode.tokens_per_second.median / decode.batch for decode in points]
-                fill = {"markerfacecolor": GROUND.stand_in} if batched else {"label": one.label}
+                fill: dict[str, Any] = {"markerfacecolor": GROUND.stand_in} if batched else {"label": one.label}
                 axes.plot(
                     [decode.step_bytes / 1e6 for decode in points], steps,
                     color=colour.stand_in, marker=marker, linestyle="none", **fill,

@@ -13,6 +13,7 @@ from llava_deploy.runtime.report.record import Decision, Record
 
 TEMPLATE = "page.html.jinja"
 SHEET = "page.css"
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 _ORDER: tuple[Decision, ...] = ("ship", "do not ship", "not shown")
 _SPOKEN: dict[Decision, str] = {"ship": "Ship", "do not ship": "Do not ship", "not shown": "Not shown"}
 
@@ -32,6 +33,7 @@ def render_with(record: Record, figures: Figures) -> str:
     environment = Environment(
         loader=FileSystemLoader(place), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["tied"] = tied
     return environment.get_template(TEMPLATE).render(
         record=record,
         style=style_sheet() + (place / SHEET).read_text(encoding="utf-8"),
@@ -51,6 +53,11 @@ def render_with(record: Record, figures: Figures) -> str:
         files=[facts.files_table(one) for one in record.bundles],
         stages=[facts.stages_table(one) for one in record.bundles],
     )
+
+
+def tied(cell: str) -> str:
+    """A cell of numbers, which is parted before its brackets at most: a unit stays with its number."""
+    return cell.replace(" ", _NO_BREAK).replace(f"{_NO_BREAK}(", " (")
 
 
 def headline(record: Record) -> str:

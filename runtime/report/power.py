@@ -54,7 +54,7 @@ def open_power(files: PowerFiles, *, on_gpu: bool) -> tuple[PowerMeter | None, t
     """
     sources: list[Callable[[], PowerMeter]] = [lambda: _polled("INA3221", ina_watts(files)), _open_tegrastats]
     sources.append(_open_nvidia_smi if on_gpu else lambda: _polled("RAPL", rapl_watts(files)))
-    refusals = []
+    refusals: list[str] = []
     for source in sources:
         try:
             return source(), tuple(refusals)

@@ -12,7 +12,6 @@ from llava_deploy.runtime.report.units import count, milliseconds, seconds, shar
 from llava_deploy.runtime.report.verdict import device_peak, peak_bytes
 
 NOTHING = "not measured"
-_TIED = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -60,18 +59,17 @@ def _compared(
 
 
 def _beside(value: float, before: float, shown: Callable[[float], str]) -> str:
-    ratio = "" if not before or value == before else f" ({value / before:.2f}{_TIED}×)"
-    return f"{shown(value).replace(' ', _TIED)}{ratio}"
+    ratio = "" if not before or value == before else f" ({value / before:.2f} ×)"
+    return f"{shown(value)}{ratio}"
 
 
 def _accuracy(one: BundleRecord, first: BundleRecord) -> str:
     if one.accuracy is None:
         return NOTHING
-    said = share(one.accuracy.total.accuracy).replace(" ", _TIED)
+    said = share(one.accuracy.total.accuracy)
     if one is first or first.accuracy is None:
         return said
-    gap = signed_points(one.accuracy.total.accuracy - first.accuracy.total.accuracy)
-    return f"{said} ({gap.replace(' ', _TIED)})"
+    return f"{said} ({signed_points(one.accuracy.total.accuracy - first.accuracy.total.accuracy)})"
 
 
 def _same_token(one: BundleRecord) -> str:

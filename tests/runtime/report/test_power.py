@@ -7,6 +7,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -165,7 +166,7 @@ def test_a_tool_that_streams_is_read_and_ended(files: PowerFiles, tool: Tool) ->
     found = meter.stop()
     assert len(found) >= 2
     assert {reading.watts for reading in found} == {60.5}
-    assert all(began <= one.at <= two.at <= time.monotonic() for one, two in zip(found, found[1:], strict=False))
+    assert all(began <= one.at <= two.at <= time.monotonic() for one, two in pairwise(found))
 
 
 @pytest.mark.parametrize(
