@@ -27,6 +27,7 @@ from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.goldens.answers import Loading, Recorded, Step, answer_prompts
 from llava_deploy.exporter.goldens.prompts import choose_prompts
 from llava_deploy.exporter.goldens.questions import questions
+from llava_deploy.exporter.goldens.rounded import rounded_to_float16
 from llava_deploy.exporter.made_from import require_made_from, require_sizes_of
 from llava_deploy.exporter.quantization.stored import with_stored_decoder
 from llava_deploy.exporter.reference.torch_decoder import torch_device
@@ -122,7 +123,7 @@ def record_goldens(
     """Write ``goldens/`` into a directory that holds a bundle's graphs and tables, such as a staging directory.
 
     Of a quantised bundle PyTorch's decoder gets the weights that the bundle's stand for; everything else is the
-    checkpoint's own, in float32.
+    checkpoint's own, rounded to float16 where the bundle holds it so. PyTorch computes in float32.
 
     Args:
         checkpoint: that the bundle is made from.
@@ -167,7 +168,8 @@ def _answers(
 ) -> tuple[Recorded, ...]:
     require_sizes_of(checkpoint, bundle, manifest)
     device = torch_device(options.device)
-    decoder = checkpoint if manifest.quantization is None else with_stored_decoder(checkpoint, bundle)
+    held = checkpoint if manifest.model.precision == "fp32" else rounded_to_float16(checkpoint)
+    decoder = held if manifest.quantization is None else with_stored_decoder(checkpoint, bundle)
     chosen = choose_prompts(checkpoint, questions(manifest.vision.image_height), options.max_new_tokens)
     for left_out in chosen.left_out:
         on_note(f"golden left out: {left_out}")
@@ -175,7 +177,7 @@ def _answers(
         on_note(f"golden {name}: asked in a simpler form, which the model's template and context take")
     if chosen.dated:
         on_note("the chat template writes the date: the goldens' prompts are of today")
-    return answer_prompts(checkpoint, decoder, chosen.prompts, options.loading, device, on_progress)
+    return answer_prompts(held, decoder, chosen.prompts, options.loading, device, on_progress)
 
 
 def _write(recorded: Sequence[Recorded], directory: Path, manifest: Manifest) -> tuple[FileEntry, ...]:

@@ -11,7 +11,7 @@ from llava_deploy.runtime.backend_choice import OnnxRuntimeChoice
 from llava_deploy.runtime.bundle import Bundle
 from llava_deploy.runtime.encoding import PromptEncoder
 from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeDecoder, OnnxRuntimeOptions, OnnxRuntimeVision
-from llava_deploy.runtime.selftest.limits import Rounding, rounds_activations
+from llava_deploy.runtime.selftest.limits import Arithmetic, Rounding, rounds_activations
 from llava_deploy.runtime.selftest.replay import Recorded, features_stage, logits_stage, replay_twice
 from llava_deploy.runtime.selftest.report import GoldenStage, NotRun
 
@@ -56,19 +56,17 @@ def exact_stages(
             "tell were left out when the bundle was packed",
         )
         return
-    rounding = Rounding(manifest.model.precision, integers=False)
+    rounding = Rounding(manifest.model.precision, Arithmetic.FLOATS)
     exact = None if manifest.quantization is None else _EXACT
     options = OnnxRuntimeOptions(threads, exact)
     vision = OnnxRuntimeVision(bundle.path(VISION_GRAPH), manifest.vision, options)
     if vision_too:
         seeing = [one for one in many if one.golden.pictures]
-        for one, result in replay_twice(features_stage(_FEATURES, vision, rounding), seeing):
-            yield GoldenStage(one.golden.name, result)
+        yield from replay_twice(features_stage(_FEATURES, vision, rounding), seeing)
     if logits_too:
         encoder = PromptEncoder(bundle, vision)
         decoder = OnnxRuntimeDecoder(bundle.path(DECODER_GRAPH), manifest.decoder, max_len, options)
-        for one, result in replay_twice(logits_stage(_LOGITS, encoder, decoder, rounding), many):
-            yield GoldenStage(one.golden.name, result)
+        yield from replay_twice(logits_stage(_LOGITS, encoder, decoder, rounding), many)
         del decoder, encoder
     del vision
     gc.collect()  # before the other model comes

@@ -20,7 +20,17 @@ from llava_deploy.runtime.llava import Llava
 from llava_deploy.runtime.new_tokens import NewTokens, splice_rows
 from llava_deploy.runtime.pictures import load_picture
 from llava_deploy.runtime.prompt import render_chat
-from llava_deploy.runtime.selftest.limits import Limits, Rounding, compared, compared_pixels, failed, moved
+from llava_deploy.runtime.selftest.limits import (
+    Arithmetic,
+    Limits,
+    Rounding,
+    compared,
+    compared_pixels,
+    failed,
+    moved,
+    shift_stage,
+)
+from llava_deploy.runtime.selftest.report import GoldenStage
 from llava_deploy.runtime.selftest.texts import text_difference, token_difference
 from llava_deploy.runtime.stages import StageKind, StageResult, position_errors, token_stage
 from llava_deploy.runtime.tokenize import tokenize_prompt
@@ -101,7 +111,7 @@ def replay_splice(one: Recorded, encoder: PromptEncoder) -> StageResult:
     features = list(one.array("image_features")) if golden.pictures else []
     ids = np.array(golden.input_ids, np.int64)
     (found,), _ = splice_rows([ids], [features], manifest.vision.patches, encoder.embed)
-    recorded = Rounding(manifest.model.precision, integers=False).recorded[0]  # what is copied is otherwise the same
+    recorded = Rounding(manifest.model.precision, Arithmetic.FLOATS).recorded[0]  # what is copied is otherwise the same
     return compared("splice", "splice", found, one.array("inputs_embeds"), Limits(recorded, recorded, None))
 
 
@@ -138,26 +148,30 @@ def logits_stage(name: str, encoder: PromptEncoder, decoder: DecoderSession, rou
     return Stage(name, "logits", "inputs_embeds", "logits", rounding, run)
 
 
-def replay_twice(stage: Stage, many: Sequence[Recorded]) -> Iterator[tuple[Recorded, StageResult]]:
+def replay_twice(stage: Stage, many: Sequence[Recorded]) -> Iterator[GoldenStage]:
     """Run a stage over all goldens, and again from inputs that were moved a little; see :mod:`.limits`."""
-    found: dict[str, np.ndarray] = {}
-    chances: dict[str, np.ndarray] = {}
+    runs: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
     errors: dict[str, str] = {}
     for one in many:
         given, name = one.array(stage.given), one.golden.name
         try:
-            first, again = stage.run(one, given), stage.run(one, moved(given, stage.rounding.dtype))
+            found, again = stage.run(one, given), stage.run(one, moved(given, stage.rounding.dtype))
         except LlavaDeployError as error:
             errors[name] = str(error)
             continue
-        found[name], chances[name] = first, position_errors(again, first)
-    limits = dict(zip(chances, stage.rounding.limits(list(chances.values())), strict=True))
+        runs[name] = found, again, one.array(stage.wanted)
+    chances = [position_errors(again, found) for found, again, _ in runs.values()]
+    limits = dict(zip(runs, stage.rounding.limits(chances), strict=True))
     for one in many:
         name = one.golden.name
         if name in errors:
-            yield one, failed(stage.name, stage.kind, errors[name])
+            yield GoldenStage(name, failed(stage.name, stage.kind, errors[name]))
         else:
-            yield one, compared(stage.name, stage.kind, found[name], one.array(stage.wanted), limits[name])
+            found, _, wanted = runs[name]
+            yield GoldenStage(name, compared(stage.name, stage.kind, found, wanted, limits[name]))
+    whole = [run for run in runs.values() if run[0].shape == run[2].shape]
+    if stage.rounding.shows_shifts and whole:
+        yield GoldenStage(None, shift_stage(f"{stage.name}, shift", stage.kind, whole, stage.rounding))
 
 
 def replay_tokens(many: Sequence[Recorded], noises: Sequence[float], llava: Llava, name: str) -> list[StageResult]:

@@ -22,7 +22,7 @@ from llava_deploy.runtime.llava import Llava
 from llava_deploy.runtime.loading import Sessions, open_sessions
 from llava_deploy.runtime.selftest.exact import exact_stages, rounds_features, rounds_logits
 from llava_deploy.runtime.selftest.files import Checked, check_bundle, require_goldens, unreadable
-from llava_deploy.runtime.selftest.limits import Rounding, failed
+from llava_deploy.runtime.selftest.limits import Arithmetic, Rounding, failed
 from llava_deploy.runtime.selftest.replay import (
     Recorded,
     features_stage,
@@ -167,16 +167,16 @@ class _Replay:
         seeing = [one for one in many if one.golden.pictures]
         for one in seeing:
             yield _named(one, guarded("pixels", "pixels", partial(replay_pixels, one, encoder)))
-        for one, result in replay_twice(features_stage("image features", sessions.vision, self._features), seeing):
-            yield _named(one, result)
+        yield from replay_twice(features_stage("image features", sessions.vision, self._features), seeing)
         for one in many:
             yield _named(one, guarded("prompt", "prompt", partial(replay_prompt, one, encoder)))
         for one in many:
             yield _named(one, guarded("splice", "splice", partial(replay_splice, one, encoder)))
         noise: dict[str, float] = {}
-        for one, result in replay_twice(logits_stage("logits", encoder, sessions.decoder, self._logits), many):
-            noise[one.golden.name] = result.max_abs_error
-            yield _named(one, result)
+        for stage in replay_twice(logits_stage("logits", encoder, sessions.decoder, self._logits), many):
+            if stage.golden is not None:
+                noise[stage.golden] = stage.result.max_abs_error
+            yield stage
         yield from self._answers(many, noise)
 
     def _answers(self, many: list[Recorded], noise: dict[str, float]) -> Iterator[GoldenStage | NotRun]:
@@ -215,9 +215,13 @@ class _Replay:
 def _roundings(bundle: Bundle, checked: Checked, sessions: Sessions) -> tuple[Rounding, Rounding]:
     """Of image features, and of logits."""
     precision, choice = bundle.manifest.model.precision, checked.choice
-    on_cpu = sessions.backend == "onnxruntime" and isinstance(choice, OnnxRuntimeChoice)
-    kinds = (rounds_features(choice), rounds_logits(choice)) if on_cpu else (False, False)
-    features, logits = (Rounding(precision, integers) for integers in kinds)
+    if sessions.backend != "onnxruntime" or not isinstance(choice, OnnxRuntimeChoice):
+        on_gpu = Rounding(precision, Arithmetic.GPU)
+        return on_gpu, on_gpu
+    features, logits = (
+        Rounding(precision, Arithmetic.INTEGERS if rounds else Arithmetic.FLOATS)
+        for rounds in (rounds_features(choice), rounds_logits(choice))
+    )
     return features, logits
 
 

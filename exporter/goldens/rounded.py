@@ -1,0 +1,69 @@
+"""A checkpoint's weights as a bundle in float16 holds them: what its goldens are recorded with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from llava_deploy.exporter.checkpoint import Checkpoint
+from llava_deploy.exporter.sources.tensors import TensorSource
+
+
+@dataclass(frozen=True)
+class RoundedTensor:
+    """A tensor, its values rounded to float16."""
+
+    source: TensorSource
+
+    @property
+    def name(self) -> str:
+        """See :class:`~llava_deploy.exporter.sources.tensors.TensorSource`, also for the rest."""
+        return self.source.name
+
+    @property
+    def key(self) -> str:
+        """The file's own name."""
+        return self.source.key
+
+    @property
+    def dtype(self) -> str:
+        """Of what ``read`` gives."""
+        return "float16"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes, outermost first."""
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values in their file."""
+        return self.source.nbytes
+
+    @property
+    def origin(self) -> str:
+        """File and key, for messages."""
+        return self.source.origin
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that its values come from."""
+        return self.source.files
+
+    def read(self) -> np.ndarray:
+        """The values, of ``shape``."""
+        values = self.source.read()
+        return values if values.dtype == np.float16 else values.astype(np.float32).astype(np.float16)
+
+
+def rounded_to_float16(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with every weight rounded.
+
+    What rounding weights costs is ``verify``'s and ``eval``'s to say; a golden that had it in it would hide a fault as
+    large, or be taken for one.
+    """
+    tensors: dict[str, TensorSource] = {name: RoundedTensor(source) for name, source in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=MappingProxyType(tensors))
