@@ -127,6 +127,8 @@ def test_the_installed_program_serves(installed: Path, deploy_environment: dict[
                 assert json.loads(lines.readline())["done"] is True
         service.terminate()
         assert service.wait(20) == 0
+    # ONNX Runtime would keep what it reports of its use there.
+    assert [*Path(deploy_environment["HOME"]).rglob("*")] == []
 
 
 def test_what_fails_half_way_leaves_the_old_one(install: Callable[..., str], installed: Path, tmp_path: Path) -> None:
@@ -241,6 +243,24 @@ def test_a_prefix_of_somebody_else_is_left_alone(install: Callable[..., str], tm
     theirs.write_text("mine")
     assert "something else is there, and stays" in install(tmp_path, code=1)
     assert tree(tmp_path).keys() == {"opt", "opt/llava-deploy", "opt/llava-deploy/file"}
+
+
+@pytest.mark.parametrize(("extras", "drop_in"), [("cpu", None), ("cpu,rtx,build", "gpu"), ("jetson", "jetson")])
+def test_what_a_machine_gets(
+    extras: str, drop_in: str | None, package: Path, tmp_path: Path, deploy_environment: dict[str, str]
+) -> None:
+    """As far as the commands go: no machine with a GPU, and no Jetson, was at hand."""
+    python, root = tmp_path / "python", tmp_path / "root"
+    root.mkdir()
+    python.write_text(f'#!/bin/sh\n[ "$2" = "import tensorrt" ] || exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    options = ("--root", root, "--wheel", package, "--python", python, "--extras", extras, "--dry-run")
+    said = run(DEPLOY / "install.sh", *options, environment=deploy_environment).replace("\\", "")
+    assert ("--system-site-packages" in said) == (extras == "jetson")
+    (installs,) = re.findall(r"-m pip install .*", said)
+    wanted = "[build] cuda-python>=12.6" if extras == "jetson" else f"[{extras}]"
+    assert installs.endswith(f"{package.name}{wanted}")
+    assert re.findall(r"@\.service\.d/(\w+)\.conf$", said, re.MULTILINE) == ([drop_in] if drop_in else [])
 
 
 def test_help(deploy_environment: dict[str, str]) -> None:
