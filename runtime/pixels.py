@@ -34,7 +34,7 @@ DAMAGED = (
 )
 """What Pillow raises on damaged files."""
 
-_BAND = 1 << 24
+_BAND = 1 << 22
 """Pixels that are made RGB at a time."""
 
 _EXIF_ORIENTATION = 0x0112
@@ -73,7 +73,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
     width, height = image.size
     rows = max(1, _BAND // width)
-    if rows >= height:
+    is_plain = image.mode == "RGB" and image.info.get("transparency") is None
+    if rows >= height or is_plain:
         return _band_to_rgb(image, name)
     whole = Image.new("RGB", image.size)
     for top in range(0, height, rows):

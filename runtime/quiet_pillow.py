@@ -69,10 +69,10 @@ def _silent_log() -> Iterator[None]:
 @contextlib.contextmanager
 def _silent_libtiff() -> Iterator[None]:
     """No handler for libtiff's errors, which Pillow turns into exceptions; nothing where Pillow has no libtiff."""
-    from PIL import Image
+    from PIL import _imaging
 
     try:
-        set_handler = getattr(ctypes.CDLL(Image.core.__file__), _HANDLER)
+        set_handler = getattr(ctypes.CDLL(_imaging.__file__), _HANDLER)
     except (OSError, AttributeError):
         yield
         return

@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,12 @@ def main(words: list[str]) -> None:
     if sys.path and Path(sys.path[0]) == Path(__file__).parent:
         del sys.path[0]  # this directory's modules are nobody's to import by their bare names
     kind, *names = words
-    probes = {"cuda": cuda, "module": module, "provider": provider, "cuda-python": cuda_python}
+    probes: dict[str, Callable[..., dict[str, Any]]] = {
+        "cuda": cuda,
+        "module": module,
+        "provider": provider,
+        "cuda-python": cuda_python,
+    }
     try:
         said = probes[kind](*names)
     except Exception as error:  # noqa: BLE001 (a loader raises what it likes)
