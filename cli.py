@@ -510,9 +510,10 @@ def _stages_here(bundle: Path, room: Room) -> Sequence[StagePlan]:
     return stages_here(bundle, **dataclasses.asdict(room))
 
 
+doctor = doctor_command(_stages_here)
 main.add_command(record)
 main.add_command(swap)
 main.add_command(pack)
 main.add_command(unpack)
 main.add_command(serve)
-main.add_command(doctor_command(_stages_here))
+main.add_command(doctor)
