@@ -13,10 +13,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from llava_deploy.engines.goldens import read_goldens
 from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
 from llava_deploy.exporter.checkpoint import open_checkpoint
 from llava_deploy.exporter.demo.scenes import Example, Split, checkpoint_dir, examples
 from llava_deploy.exporter.export import export
+from llava_deploy.exporter.goldens.record import record_goldens
 from llava_deploy.exporter.verify import VerifyReport, verify
 from llava_deploy.runtime import Llava, Timings
 from llava_deploy.runtime.evaluation import normalise
@@ -78,10 +80,19 @@ def showcase(directory: Path, seed: int, console: Console) -> list[str]:
     watch = Stopwatch()
     checkpoint = open_checkpoint(checkpoint_dir())
     with progress("exporting", quiet=False) as step:
-        manifest = export(checkpoint, bundle, "fp32", replace=True, on_progress=lambda p: step(p.done, p.total))
-    took.append(("export", str(watch)))
+        manifest = export(
+            checkpoint,
+            bundle,
+            "fp32",
+            replace=True,
+            on_progress=lambda p: step(p.done, p.total),
+            record=lambda at, written: record_goldens(checkpoint, at, written),
+        )
+    took.append(("export, with goldens", str(watch)))
     files = size(sum(entry.size for entry in manifest.files))
     console.print(f"   {bundle}, {files}, {manifest.model.parameters:,} parameters in {manifest.model.precision}")
+    names = ", ".join(golden.name for golden in read_goldens(bundle, manifest).goldens)
+    console.print(f"   with PyTorch's answers to {names}, for a self-test where it runs")
 
     _heading(console, 2, "Build", "the bundle becomes an engine for ONNX Runtime on the CPU")
     watch = Stopwatch()
