@@ -115,7 +115,7 @@ def test_a_weight_off_by_a_percent(
     [
         ("fp16", VISION_GRAPH, "projector.1.weight", "image features"),
         ("fp16", DECODER_GRAPH, "language_model.layers.1.mlp.down_proj.weight", "logits"),
-        ("int4", DECODER_GRAPH, "language_model.layers.1.mlp.down_proj.weight_scale", "logits, not rounded"),
+        ("int4", DECODER_GRAPH, "language_model.layers.0.mlp.gate_proj.weight_scale", "logits, not rounded"),
     ],
 )
 def test_a_weight_off_by_a_percent_in_16_bits_and_4(
