@@ -84,7 +84,7 @@ def _missing(directory: Path, backend: BackendName) -> Backend | None:
     except BundleError:
         return None  # which the test says
     except BackendError:
-        if backend in ("auto", "onnxruntime"):
+        if backend == "auto" or backend == "onnxruntime":
             raise  # ONNX Runtime is not installed
         return backend
     return "onnxruntime" if engine_of(bundle, choice) is None else None

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -196,7 +197,7 @@ def _write(recorded: Sequence[Recorded], directory: Path, manifest: Manifest) ->
             np.save(directory / golden.path(name), _as(values, dtype, f"golden {golden.name}, {name}"))
             written.append(golden.path(name))
         goldens.append(golden)
-    weights = "checkpoint" if manifest.quantization is None else "stored"
+    weights: Literal["checkpoint", "stored"] = "checkpoint" if manifest.quantization is None else "stored"
     tools = {name: importlib.metadata.version(name) for name in TOOLS}
     whole = Goldens(GOLDENS_FORMAT_VERSION, tools, weights, tuple(goldens))
     (directory / GOLDENS_FILE).write_text(whole.to_json(), encoding="utf-8")

@@ -24,7 +24,14 @@ import numpy as np
 
 from llava_deploy.engines.manifest import ImageRecipe
 from llava_deploy.engines.names import AccuracyLevel, Precision
-from llava_deploy.runtime.stages import INT8_TOLERANCE, TOLERANCE, StageKind, StageResult, position_errors
+from llava_deploy.runtime.stages import (
+    INT8_TOLERANCE,
+    QUANTIZED_TOLERANCE,
+    TOLERANCE,
+    StageKind,
+    StageResult,
+    position_errors,
+)
 
 PIXELS_WORST, PIXELS_MEAN = 1.0, 0.02
 """Levels of 8 bits. Pillow's resize is exact, but one built for other vector instructions may round a value the other
@@ -94,19 +101,21 @@ class Rounding:
         """Of each golden, from the differences between its two runs, ``[positions]``, and between those of all.
 
         A golden's own chance counts where it is more than that of all together: a few positions may have been lucky.
-        Never is more allowed than ``verify`` allows, and for kernels whose noise so small a move does not draw anew,
-        no less: those of 8-bit integers, which only ever see a few of the moves (5 times chance was measured), and
-        those of a GPU (none was at hand).
+        In floats never more is allowed than ``verify`` allows. For kernels whose noise so small a move does not draw
+        anew, no less is: those of a GPU (none was at hand), and those of 8-bit integers, which see few of the moves (5
+        times chance was measured); a deep model is allowed more there where chance alone does more, up to what tells
+        it from another model.
         """
         every = _finite(np.concatenate([np.zeros(0, np.float32), *(chance.ravel() for chance in chances)]))
         return [self._limits(_finite(chance), every) for chance in chances]
 
     def _limits(self, own: np.ndarray, every: np.ndarray) -> Limits:
         chance = max(float(each.mean(dtype=np.float64)) for each in (own, every))
-        if self.arithmetic is not Arithmetic.FLOATS:
-            most = INT8_TOLERANCE if self.arithmetic is Arithmetic.INTEGERS else TOLERANCE[self.precision]
-            return Limits(most, most, chance)
         most = TOLERANCE[self.precision]
+        if self.arithmetic is Arithmetic.INTEGERS:
+            most = min(QUANTIZED_TOLERANCE, max(INT8_TOLERANCE, _TIMES * chance))
+        if self.arithmetic is not Arithmetic.FLOATS:
+            return Limits(most, most, chance)
         worst, mean = self.recorded
         largest = float(every.max())
         return Limits(min(most, worst + (_TIMES + 1) * largest), min(most, mean + _TIMES * chance), chance)

@@ -22,7 +22,7 @@ from llava_deploy.runtime.selftest.limits import (
     rounds_activations,
     shift_stage,
 )
-from llava_deploy.runtime.stages import INT8_TOLERANCE, TOLERANCE, position_errors
+from llava_deploy.runtime.stages import INT8_TOLERANCE, QUANTIZED_TOLERANCE, TOLERANCE, position_errors
 
 RECIPE = ImageRecipe(
     pad_to_square=True,
@@ -82,7 +82,7 @@ def test_in_float16_a_fault_of_half_the_noise_is_seen_as_a_shift(noise: float) -
     [
         ("fp32", Arithmetic.FLOATS, TOLERANCE["fp32"]),
         ("fp16", Arithmetic.FLOATS, TOLERANCE["fp16"]),
-        ("int4", Arithmetic.INTEGERS, INT8_TOLERANCE),
+        ("int4", Arithmetic.INTEGERS, QUANTIZED_TOLERANCE),
         ("fp16", Arithmetic.GPU, TOLERANCE["fp16"]),
     ],
 )
@@ -91,6 +91,11 @@ def test_a_backend_that_rolls_dice_is_allowed_no_more_than_verify_allows(
 ) -> None:
     (limits,) = Rounding(precision, arithmetic).limits([np.ones(3, np.float32)])
     assert limits.worst == limits.mean == most
+
+
+def test_integers_are_allowed_what_verify_allows_where_chance_does_less() -> None:
+    (limits,) = Rounding("int4", Arithmetic.INTEGERS).limits([np.full(3, 1e-3, np.float32)])
+    assert limits.worst == limits.mean == INT8_TOLERANCE
 
 
 def test_a_goldens_own_chance_counts_where_it_is_more_and_none_that_is_no_number() -> None:
