@@ -264,8 +264,8 @@ if [[ $service == yes ]]; then
     # shellcheck source=service.sh
     source "$here/service.sh"
 fi
-for path in "$root$prefix"/venvs/*; do
+# Of before, and of runs that were killed.
+for path in "$root$prefix"/venvs/* "$root${model%/*}/.$name."*; do
     [[ $path == "$root$venv" || ! -d $path ]] || root rm -rf -- "$path"
 done
-[[ -z $old ]] || root rm -rf -- "$root$old"
 say "Done: llava-deploy is at $root$prefix/bin/llava-deploy. Away with it again: $root$prefix/uninstall.sh"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # The part of install.sh that makes the service; it is sourced there and uses what stands there.
-: "${prefix:?}" "${model:?}" "${name:?}" "${here:?}" "${extras:?}" "${stamp:?}" "${dry:?}" "${archive?}" "${before?}"
+: "${prefix:?}" "${model:?}" "${name:?}" "${here:?}" "${extras:?}" "${venv:?}" "${archive?}" "${before?}"
 
 unit="llava-deploy@$name.service" place=/etc/systemd/system/llava-deploy@.service
 version="$(systemctl --version 2>/dev/null | awk 'NR == 1 { print $2 }')"
@@ -41,10 +41,11 @@ else
                 say "   Back to what ran before" >&2
                 switch "$before"
                 if [[ -n $old ]]; then
-                    root mv -T -- "$model" "$model.failed.$stamp"
+                    root rm -rf -- "$model"
                     root mv -T -- "$old" "$model"
                 fi
                 root systemctl restart "$unit" || true
+                root rm -rf -- "$venv"
             fi
             exit 1
         fi

@@ -69,10 +69,12 @@ done
 
 models=0 systemd=no
 [[ -n $root || ! -d /run/systemd/system ]] || systemd=yes
+for line in "${lines[@]}"; do
+    [[ $line != "unit "* || $systemd == no ]] || run systemctl disable --now "${line#* }" || true
+done
 for ((i = ${#lines[@]} - 1; i >= 0; i--)); do
     kind="${lines[i]%% *}" path="$root${lines[i]#* }"
     case $kind in
-        unit) [[ $systemd == no ]] || run systemctl disable --now "${lines[i]#* }" || true ;;
         tree) [[ ! -e $path ]] || run rm -rf -- "$path" ;;
         file) # this script stays with what it is for
             [[ ! -e $path || $models != 0 && $path == "$root$prefix/uninstall.sh" ]] || run rm -f -- "$path"
