@@ -148,6 +148,6 @@ def _write_whole(path: Path, text: str) -> None:
 
     try:
         with whole_file(path) as place:
-            place.write_text(text, encoding="utf-8")
+            place.write_text(text, encoding="utf-8", errors="replace")  # names of files may be no text
     except OSError as error:
         raise LlavaDeployError(f"{path}: the report cannot be written ({error.strerror}); name another file") from error

@@ -127,7 +127,12 @@ def test_without_matplotlib_there_is_json(
 
 
 def test_a_bundle_that_does_not_run_is_said_and_the_others_are_measured(
-    invoke: Invoke, demo_bundle: Path, demo_bundle_fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    invoke: Invoke,
+    error_line: ErrorLine,
+    demo_bundle: Path,
+    demo_bundle_fp16: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = walking._run
 
@@ -141,6 +146,9 @@ def test_a_bundle_that_does_not_run_is_said_and_the_others_are_measured(
     first, second = read_record(tmp_path / "a.json").bundles
     assert first.speed is not None
     assert (second.failure, second.speed, second.accuracy, second.walk) == ("the process was killed", None, None, None)
+    assert error_line(invoke("report", demo_bundle_fp16, *SMALL, "-q", "--json", tmp_path / "b.json")).endswith(
+        f"{demo_bundle_fp16}: the process was killed"
+    )
     again = invoke("report", "--from", tmp_path / "a.json", "-o", tmp_path / "a.html")
     assert again.exit_code == 0, again.stderr
 

@@ -7,12 +7,12 @@ import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
 from llava_deploy.engines.engine_manifest import ENGINE_MANIFEST, ENGINES, graphs_size, source_digest
-from llava_deploy.engines.errors import InputError, LlavaDeployError
+from llava_deploy.engines.errors import BackendError, InputError
 from llava_deploy.engines.manifest import EMBEDDING_TABLE, Manifest
 from llava_deploy.runtime.backend_choice import BackendName, Wanted
 from llava_deploy.runtime.bench.bench import BoundOf, run_benchmark
@@ -125,12 +125,12 @@ def collect(
         _look_at(bundle, manifest, label, options, stage)
         for bundle, manifest, label in zip(bundles, manifests, labels(bundles, manifests), strict=True)
     ]
-    if found[0].journey.failure is not None:
-        raise LlavaDeployError(f"{bundles[0]}: {found[0].journey.failure}")
+    _require_first(found[0])  # before the minutes that the others take
     found = [
         one if one.journey.failure is not None else _timed(one, bundle, options, bound_of, stage)
         for one, bundle in zip(found, bundles, strict=True)
     ]
+    _require_first(found[0])
     running = [bundle for one, bundle in zip(found, bundles, strict=True) if one.journey.failure is None]
     accuracies = _accuracies(running, exam, options, stage)
     first = found[0].card.label
@@ -156,6 +156,11 @@ def labels(bundles: Sequence[Path], manifests: Sequence[Manifest]) -> list[str]:
         if len({*names}) == len(names):
             return names
     return [str(bundle.resolve()) for bundle in bundles]
+
+
+def _require_first(found: _Found) -> None:
+    if found.journey.failure is not None:
+        raise BackendError(f"{found.card.directory}: {found.journey.failure}")
 
 
 def _look_at(bundle: Path, manifest: Manifest, label: str, options: ReportOptions, stage: Stage) -> _Found:
@@ -191,8 +196,11 @@ def _timed(
     found: _Found, bundle: Path, options: ReportOptions, bound_of: Callable[[Path], BoundOf], stage: Stage
 ) -> _Found:
     with stage(f"timing {found.card.label}") as step:
-        speed = run_benchmark(bundle, options.wanted, QUICK if options.quick else STANDARD, bound_of(bundle), step)
-    return _Found(found.card, found.tested, found.journey, speed)
+        try:
+            speed = run_benchmark(bundle, options.wanted, QUICK if options.quick else STANDARD, bound_of(bundle), step)
+        except BackendError as error:
+            return replace(found, journey=replace(found.journey, failure=str(error)))
+    return replace(found, speed=speed)
 
 
 def _accuracies(bundles: Sequence[Path], exam: Exam, options: ReportOptions, stage: Stage) -> dict[Path, Accuracy]:

@@ -19,7 +19,7 @@ from llava_deploy.runtime.report.figure_text import (
 from llava_deploy.runtime.report.palette import FAINT, GROUND, INK, RULE, SERIES, Colour
 from llava_deploy.runtime.report.record import BundleRecord, Record, Walk
 from llava_deploy.runtime.report.svg import inline_svg
-from llava_deploy.runtime.report.timed import PARTS, Timed, middle_round, timed_of
+from llava_deploy.runtime.report.timed import PARTS, Timed, figure_label, middle_round, timed_of
 from llava_deploy.runtime.report.units import three
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ _PHASES = {"load": SERIES[0], "picture": SERIES[4], "prefill": SERIES[1], "decod
 _RC: dict[Any, Any] = {
     "font.size": 9.5,
     "text.color": INK.stand_in,
+    "text.parse_math": False,  # a name with dollars is a name
     "axes.edgecolor": RULE.stand_in,
     "axes.labelcolor": INK.stand_in,
     "axes.facecolor": "none",
@@ -230,7 +231,7 @@ def _memory(walked: Sequence[tuple[BundleRecord, Walk]]) -> Drawn:
                 axes.plot(at, whole, color=colour, label=label)
             axes.set_xlim(0, walk.phases[-1].ended)
             axes.set_ylim(bottom=0)
-            axes.set_title(one.card.label, loc="left", fontsize=9.5)
+            axes.set_title(figure_label(one.card.label), loc="left", fontsize=9.5)
             axes.set_ylabel("MB")
             axes.yaxis.grid(visible=True)
         panels[-1].set_xlabel("seconds since loading began")

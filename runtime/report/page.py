@@ -14,6 +14,9 @@ from llava_deploy.runtime.report.record import Decision, Record
 TEMPLATE = "page.html.jinja"
 SHEET = "page.css"
 _NO_BREAK = "\N{NO-BREAK SPACE}"
+_JOINED = "\N{WORD JOINER}"
+"""After a dash a line may end, whatever follows but this."""
+
 _ORDER: tuple[Decision, ...] = ("ship", "do not ship", "not shown")
 _SPOKEN: dict[Decision, str] = {"ship": "Ship", "do not ship": "Do not ship", "not shown": "Not shown"}
 
@@ -57,7 +60,7 @@ def render_with(record: Record, figures: Figures) -> str:
 
 def tied(cell: str) -> str:
     """A cell of numbers, which is parted before its brackets at most: a unit stays with its number."""
-    return cell.replace(" ", _NO_BREAK).replace(f"{_NO_BREAK}(", " (")
+    return cell.replace(" ", _NO_BREAK).replace(f"{_NO_BREAK}(", " (").replace("–", f"–{_JOINED}")
 
 
 def headline(record: Record) -> str:

@@ -191,7 +191,7 @@ class BundleRecord:
     """All of one bundle; ``None`` is what could not be measured.
 
     Attributes:
-        failure: why it does not run here; then nothing but its card and self-test is known.
+        failure: why it does not run here; then it was neither timed nor asked.
         energy_refusals: why there is no energy, or a better meter was not taken, a sentence each.
     """
 

@@ -9,6 +9,7 @@ from llava_deploy.runtime.bench.report import Decode, FirstToken
 from llava_deploy.runtime.bench.report import Report as Speed
 from llava_deploy.runtime.report.record import Record
 
+_LONGEST = 20
 PARTS = {
     "preprocess": "preprocessing",
     "vision": "vision",
@@ -21,7 +22,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Timed:
-    """A bundle's label, and how fast it was."""
+    """A bundle's label as figures have it, and how fast it was."""
 
     label: str
     speed: Speed
@@ -34,7 +35,15 @@ class Timed:
 
 def timed_of(record: Record) -> list[Timed]:
     """The bundles that were timed."""
-    return [Timed(one.card.label, one.speed) for one in record.bundles if one.speed is not None]
+    return [Timed(figure_label(one.card.label), one.speed) for one in record.bundles if one.speed is not None]
+
+
+def figure_label(label: str) -> str:
+    """A short one that matplotlib takes for text: what begins with ``_`` it would leave out."""
+    shown = "".join(letter if letter.isprintable() else "?" for letter in label)
+    if len(shown) > _LONGEST:
+        shown = f"…{shown[-_LONGEST + 1 :]}"
+    return f"\N{ZERO WIDTH SPACE}{shown}" if shown.startswith("_") else shown
 
 
 def middle_round(first: FirstToken) -> dict[str, float]:

@@ -185,10 +185,14 @@ def test_one_bundle_without_batches_or_memory(record: Record) -> None:
     assert "against the first" not in page.replace("× is against the first", "")
 
 
-def test_more_bundles_than_colours(record: Record) -> None:
+def test_more_bundles_than_colours_and_strange_names(record: Record) -> None:
     first = record.bundles[0]
-    many = [replace(first, card=replace(first.card, label=f"number {at}")) for at in range(7)]
-    parsed(render(replace(record, bundles=tuple(many))))
+    names = ["$x^$", "_hidden", "a/very/long/path/to/" + "x" * 300, "bell \a", "half \udcff", "%s {}", "\\frac"]
+    many = [replace(first, card=replace(first.card, label=name)) for name in names]
+    page = render(replace(record, bundles=tuple(many)))
+    parsed(page)
+    memory = page[page.index('aria-labelledby="memory-title') :]
+    assert re.findall(r"<text[^>]*>([^<]*hidden|\$x\^\$)</text>", memory) == ["$x^$", "\N{ZERO WIDTH SPACE}_hidden"]
 
 
 def test_without_matplotlib_the_extra_is_named(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
