@@ -91,4 +91,5 @@ def describe_archive(path: Path, *, as_json: bool) -> dict[str, Any] | Table:
 def _sizes(packed: Packed) -> str:
     from llava_deploy.runtime import terminal
 
-    return f"{terminal.size(packed.size)}, {packed.size / packed.weights:.3f} x the weights"
+    ratio = f", {packed.size / packed.weights:.3f} x the weights" if packed.weights else ""
+    return f"{terminal.size(packed.size)}{ratio}"

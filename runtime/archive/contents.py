@@ -184,7 +184,10 @@ def _engine_members(bundle: Path, name: str, manifest: Manifest) -> list[Member]
     engine: EngineManifest = parse_engine_manifest(content, where=str(where), remedy=again)
     require_paths(engine.files, where=str(where))
     if engine.key.source != source_digest(manifest):
-        raise BundleError(f"{directory}: was built from other graphs than the bundle's; {again}, or leave it out")
+        raise BundleError(
+            f"{directory}: was built from other graphs than the bundle's, or by another version of llava-deploy; "
+            f"{again}, or leave it out"
+        )
     _require_no_link(directory.parent)
     _require_no_link(directory)
     _require_listed(directory, {ENGINE_MANIFEST, *(entry.path for entry in engine.files)}, apart=None)

@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, cast
 
 import zstandard
 
@@ -86,8 +86,9 @@ class Frame:
                 f"{path}: a decompression bomb: {self.size:,} bytes that promise to become {self.content_size:,}, more "
                 f"than {LARGEST_FACTOR} times as many; do not use it"
             )
+        # It calls nothing of a file but read.
         decoder = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
-        self._reader = decoder.stream_reader(self._source, read_size=_CHUNK, closefd=False)
+        self._reader = decoder.stream_reader(cast("IO[bytes]", self._source), read_size=_CHUNK, closefd=False)
 
     def read(self, size: int) -> bytes:
         """The next bytes of the content, ``size`` of them or fewer, but at least one.
