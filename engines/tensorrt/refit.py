@@ -190,8 +190,8 @@ def _refit(
     serialized = engine.serialize_with_config(config)
     if serialized is None:
         raise BackendError(f"{where}: it cannot be serialised again: {messages.cause()}")
-    with output.open("xb") as file:
-        file.write(memoryview(serialized))
+    with output.open("xb") as written:
+        written.write(memoryview(serialized))
 
 
 def _parser_cause(parser: Any, messages: Messages) -> str:

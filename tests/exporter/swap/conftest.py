@@ -97,7 +97,7 @@ def random_changes(rng: random.Random) -> Changes:
 MakeCheckpoint = Callable[..., Checkpoint]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def drawn(demo_checkpoint: Path) -> MakeCheckpoint:
     """``drawn(seed, changes)``: a small checkpoint with its own weights; equal seeds are equal weights."""
     shipped = open_checkpoint(demo_checkpoint)

@@ -83,10 +83,16 @@ def refused(checkpoint: Checkpoint, bundle: Path, part: SwapPart, match: str) ->
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def plain_and_tied(drawn: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    place = tmp_path_factory.mktemp("models")
+    return bundle_of(drawn(0), place / "plain"), bundle_of(drawn(0, TIED), place / "tied")
+
+
 @pytest.mark.parametrize("what", OTHERS)
-def test_another_model(drawn: Any, tmp_path: Path, what: str) -> None:
+def test_another_model(drawn: Any, plain_and_tied: tuple[Path, Path], what: str) -> None:
     changes, others, part, match = OTHERS[what]
-    bundle = bundle_of(drawn(0, changes), tmp_path / "bundle")
+    bundle = plain_and_tied[changes is TIED]
     refused(drawn(1, others), bundle, part, f"another model than .*{match}")
     swapped_model(drawn(1, changes), bundle, read_manifest(bundle), part)
 
