@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from llava_deploy.engines.engine_manifest import ENGINES, source_digest
 from llava_deploy.engines.errors import BackendError, BundleError, OptionError
 from llava_deploy.engines.goldens import read_goldens
-from llava_deploy.engines.manifest import read_manifest
+from llava_deploy.engines.manifest import Manifest, read_manifest
 from llava_deploy.engines.names import Int8Part, Precision
 from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
 from llava_deploy.engines.processor import has_int8_products
@@ -105,6 +106,21 @@ def test_engines_in_8_bit_integers(
     assert added in names(report)
     rounded, exact = ({s.result.tolerance for s in report.stages if s.result.name == n} for n in (added[:-13], added))
     assert min(rounded) > 2 * max(exact)
+
+
+def test_a_template_that_tells_the_date_is_not_held_against_another_days(
+    recorded_bundle: Path, copied: Copied, rewrite: Callable[..., None], tested: Tested
+) -> None:
+    def dated(manifest: Manifest) -> Manifest:
+        template = "{{ strftime_now('%d %b %Y') }}" + str(manifest.chat.template)
+        return replace(manifest, chat=replace(manifest.chat, template=template))
+
+    bundle = copied(recorded_bundle, ENGINES)
+    rewrite(bundle, dated)
+    report = tested(bundle)
+    assert report.ok, report.sentence
+    details = [stage.result.detail for stage in report.stages if stage.result.kind == "prompt"]
+    assert all("its text is not compared" in detail for detail in details)
 
 
 def test_a_context_that_is_too_short_for_some_and_for_all(recorded_bundle: Path, tested: Tested) -> None:
