@@ -8,12 +8,13 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llava_deploy.engines.errors import InputError, LlavaDeployError
 from llava_deploy.runtime.answers import Answer
 from llava_deploy.runtime.llava import Llava
+from llava_deploy.runtime.pictures import PictureSource
 from llava_deploy.runtime.prompt import images_of, render_chat
 from llava_deploy.runtime.serve.requests import Question
 from llava_deploy.runtime.terminal_run import gathered
@@ -196,11 +197,11 @@ class Answerer:
 
         if job.cancelled.is_set() or self._abort.is_set():
             raise _StoppedError
-        if question.messages is None:
-            prompt, images = question.raw, question.images
-        else:
+        prompt: str = question.raw
+        images: Sequence[PictureSource] = question.images
+        if question.messages is not None:
             prompt = render_chat(question.messages, self._llava.manifest.chat)
-            images = tuple(images_of(question.messages))
+            images = images_of(question.messages)
         pieces = self._llava.stream(
             prompt,
             images,
