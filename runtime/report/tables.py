@@ -102,6 +102,8 @@ def _peak(one: BundleRecord) -> str:
 
 
 def _energy(one: BundleRecord) -> str:
+    if one.walk is None:
+        return NOTHING
     return "not told" if one.energy is None else _joules(one.energy.joules_per_token)
 
 
@@ -118,13 +120,13 @@ def accuracy_table(record: Record) -> Table:
     def cells(name: str) -> tuple[str, ...]:
         scores = [one.accuracy.kinds[name] for one in asked if one.accuracy is not None]
         guess = (share(chance[name]) if name in chance else "",) if chance else ()
-        return (name, str(scores[0].asked), *(share(score.accuracy) for score in scores), *guess)
+        return (name, f"{scores[0].asked:,}", *(share(score.accuracy) for score in scores), *guess)
 
     totals = [one.accuracy.total for one in asked if one.accuracy is not None]
     rows = [cells(name) for name in kinds]
     if totals and len(kinds) > 1:
         rows.append(
-            ("all", str(totals[0].asked), *(share(score.accuracy) for score in totals), *([""] if chance else []))
+            ("all", f"{totals[0].asked:,}", *(share(score.accuracy) for score in totals), *([""] if chance else []))
         )
     headings = ("kind", "asked", *(one.card.label for one in asked), *(["guessing"] if chance else []))
     return Table("Right answers by kind of question", headings, tuple(rows))

@@ -49,7 +49,7 @@ def check_accuracy(card: Card, accuracy: Accuracy | None, first: str | None, all
     """
     if accuracy is None:
         return Check("accuracy", "not shown", "it was asked nothing")
-    total = f"{accuracy.total.right} of {accuracy.total.asked} answers right, {share(accuracy.total.accuracy)}"
+    total = f"{accuracy.total.right:,} of {accuracy.total.asked:,} answers right, {share(accuracy.total.accuracy)}"
     if first is None:
         if card.quantization is None:
             return Check("accuracy", "passed", f"{total}; what others are held against, as nothing is quantised in it")
@@ -59,7 +59,7 @@ def check_accuracy(card: Card, accuracy: Accuracy | None, first: str | None, all
     if loss > allowed:
         return Check("accuracy", "failed", f"{against}: more than the {points(allowed)} that it may lose")
     if most > allowed:
-        few = f"{accuracy.total.asked} questions do not show that it loses no more than {points(allowed)}"
+        few = f"{accuracy.total.asked:,} questions do not show that it loses no more than {points(allowed)}"
         return Check("accuracy", "not shown", f"{against}, but {few}: it may be {points(most)}; ask more")
     bound = f"it loses no more than {points(max(0.0, most))} (95 % sure), and may lose {points(allowed)}"
     return Check("accuracy", "passed", f"{against}; {bound}")

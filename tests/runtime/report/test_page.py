@@ -13,6 +13,7 @@ from llava_deploy.engines.errors import OptionError
 from llava_deploy.runtime.report.page import headline, render
 from llava_deploy.runtime.report.palette import COLOURS
 from llava_deploy.runtime.report.record import Record
+from llava_deploy.runtime.report.tables import side_by_side
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "path", "use", "rect"}
 SECTIONS = ("verdict", "side-by-side", "speed", "memory", "energy", "self-test", "bundles", "machine")
@@ -152,6 +153,8 @@ def test_the_verdict_comes_first_with_its_reasons(failed: Record) -> None:
     assert "killed while it was loaded" in verdict
     assert "not\N{NO-BREAK SPACE}measured" in page
     assert "A look (--quick)" in page
+    energy = next(row for row in side_by_side(failed).rows if row[0] == "energy a token")
+    assert energy == ("energy a token", "500 mJ", "not told", "not measured")
     assert "<details open>" in page  # the stages of the one that failed
 
 
