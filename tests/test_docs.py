@@ -23,7 +23,7 @@ from llava_deploy.engines.manifest import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "deploy").glob("*.md")])
 SECTIONS = (ModelCard, VisionShape, DecoderShape, ImageRecipe, ChatRecipe, SpliceRecipe, QuantizationRecipe, FileEntry)
 
 

@@ -18,9 +18,9 @@ Start = Callable[..., Any]
 
 
 def test_whoever_comes_too_late_is_told(slow: Start) -> None:
-    served = slow("--waiting", 1, "--clients", 4)
+    served = slow("--waiting", 1, "--clients", 4, "--max-new-tokens", 100_000)
     first, second, third, fourth = (served.client() for _ in range(4))
-    first.send({"prompt": "count", "max_new_tokens": 60})
+    first.send({"prompt": "count", "max_new_tokens": 100_000})
     assert first.line() == {"text": "0 "}
     second.send({"prompt": "count", "max_new_tokens": 2})
     deadline = time.monotonic() + 20
@@ -30,10 +30,10 @@ def test_whoever_comes_too_late_is_told(slow: Start) -> None:
     assert busy["code"] == "busy"
     fifth = served.client()
     assert (fifth.line()["code"], fifth.line()) == ("busy", None)
-    assert second.line() == {"text": "0 "}  # after the first has ended
+    first.close()
+    assert second.line() == {"text": "0 "}
     assert [second.line().get("text"), second.line().get("finish_reason")] == ["1 ", "length"]
     assert len(third.ask({"prompt": "count", "max_new_tokens": 3})) == 4
-    assert sum(1 for _ in iter(lambda: "done" in first.line(), True)) == 59
 
 
 def test_an_answer_ends_with_its_client(slow: Start) -> None:
@@ -72,12 +72,12 @@ def test_a_client_that_does_not_read_is_dropped() -> None:
 def test_sigterm_lets_a_short_answer_end(slow: Start) -> None:
     served = slow()
     client, other = served.client(), served.client()
-    client.send({"prompt": "count", "max_new_tokens": 50})
+    client.send({"prompt": "count", "max_new_tokens": 100})
     client.line()
     other.send({"prompt": "count"})
     served.until(lambda state: state["waiting"] == 1)
     served.process.send_signal(signal.SIGTERM)
-    lines = [client.line() for _ in range(50)]
+    lines = [client.line() for _ in range(100)]
     assert lines[-1]["finish_reason"] == "length"
     assert other.line()["code"] == "stopping"
     assert served.process.wait(10) == 0
