@@ -11,19 +11,16 @@ from pathlib import Path
 
 from finetuned import DECODER, PROJECTOR, finetuned
 
-from llava_deploy.engines.names import SwapPart
 from llava_deploy.exporter.checkpoint import open_checkpoint
 from llava_deploy.exporter.demo import scenes
 from llava_deploy.exporter.swap.swap import swap
-
-PARTS: tuple[SwapPart, ...] = ("projector", "decoder")
 
 
 def swaps(bundle: Path, first: str) -> None:
     """Put other weights in, or back the old ones, whichever is not there."""
     shipped = open_checkpoint(scenes.checkpoint_dir())
     is_first = (bundle / "manifest.json").read_text() == first
-    swap(finetuned(shipped, (*DECODER, *PROJECTOR)) if is_first else shipped, bundle, "decoder")
+    swap(finetuned(shipped, (*DECODER, *PROJECTOR)) if is_first else shipped, bundle, "projector")
 
 
 def main(bundle: Path, times: int) -> None:

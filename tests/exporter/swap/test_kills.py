@@ -29,7 +29,7 @@ def test_at_any_moment(
     want = {(bundle / "manifest.json").read_text(): logits_of(Llava.load(bundle))}
     other = finetuned(open_checkpoint(demo_checkpoint), (*DECODER, *PROJECTOR))
     swapped = Path(shutil.copytree(bundle, tmp_path / "other" / "bundle"))
-    swap(other, swapped, "decoder")
+    swap(other, swapped, "projector")
     want[(swapped / "manifest.json").read_text()] = logits_of(Llava.load(swapped))
     shutil.rmtree(swapped.parent)
     ends = []
@@ -52,5 +52,5 @@ def test_at_any_moment(
     assert len(ends) == TIMES + 1
     assert ends.count("killed") > TIMES / 2
     assert {*ends} <= {"killed", "exited 0"}
-    swap(other, bundle, "projector")
+    swap(other, bundle, "decoder")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]  # what the killed ones left is gone
