@@ -17,6 +17,7 @@ from llava_deploy.engines.names import (
     Int8Part,
     Precision,
 )
+from llava_deploy.exporter.command_demo import demo
 from llava_deploy.exporter.command_record import goldens_of, goldens_option, record
 from llava_deploy.exporter.command_source import (
     OF_CHECKPOINTS,
@@ -26,10 +27,12 @@ from llava_deploy.exporter.command_source import (
     source_options,
 )
 from llava_deploy.exporter.command_swap import swap
+from llava_deploy.exporter.command_verify import verify
 from llava_deploy.exporter.quantization.request import QuantizeRequest
 from llava_deploy.runtime.command_archive import describe_archive, pack, unpack
 from llava_deploy.runtime.command_bench import BenchRequest, bench_options, run_bench
 from llava_deploy.runtime.command_build import TensorRtRequest, refuse_tensorrt_options, tensorrt_options
+from llava_deploy.runtime.command_completion import completion
 from llava_deploy.runtime.command_doctor import doctor_command
 from llava_deploy.runtime.command_eval import EvalRequest, eval_options
 from llava_deploy.runtime.command_group import (
@@ -45,7 +48,6 @@ from llava_deploy.runtime.command_options import (
     PATH,
     Answering,
     answering_options,
-    backend_option,
     images_option,
     json_option,
     load_bundle,
@@ -61,7 +63,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from llava_deploy.engines.planner.plan import StagePlan
-    from llava_deploy.runtime.backend_choice import BackendName
     from llava_deploy.runtime.bench.bench import BoundOf
     from llava_deploy.runtime.doctor.bundles import Room
 
@@ -84,7 +85,7 @@ def main() -> None:
     """
 
 
-@main.command(epilog=examples("inspect llava-1.5-7b-hf", "inspect bundle --json"))
+@click.command(epilog=examples("inspect llava-1.5-7b-hf", "inspect bundle --json"))
 @source_options
 @json_option
 def inspect(source: Source, as_json: bool) -> None:
@@ -111,7 +112,7 @@ def inspect(source: Source, as_json: bool) -> None:
     terminal.show(description if as_json else checkpoint_table(description))
 
 
-@main.command(
+@click.command(
     epilog=examples("plan bundle --board orin-nano-8gb --max-len 2048", "plan llava-1.5-7b-hf --precision int4 --json")
 )
 @source_options
@@ -151,7 +152,7 @@ def plan(source: Source, request: PlanRequest) -> None:
     terminal.show(made if request.as_json else plan_tables(made))
 
 
-@main.command(epilog=examples("export llava-1.5-7b-hf -o bundle --precision fp16"))
+@click.command(epilog=examples("export llava-1.5-7b-hf -o bundle --precision fp16"))
 @source_options
 @click.option("-o", "--output", type=PATH, required=True, metavar="BUNDLE", help="Directory to write.")
 @click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", show_default=True)
@@ -221,7 +222,7 @@ def export(
     click.echo(output)
 
 
-@main.command(
+@click.command(
     epilog=examples(
         "build bundle --backend onnxruntime", "build bundle --backend tensorrt-rtx --sm sm89 --max-len 2048"
     )
@@ -294,7 +295,7 @@ def build(
     click.echo(engine)
 
 
-@main.command(
+@click.command(
     epilog=examples(
         "run bundle --image photo.jpg --prompt 'What is this?'",
         "run bundle --image photo.jpg --raw --prompt 'USER: <image> What is this? ASSISTANT:'",
@@ -318,7 +319,7 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, raw: bool, as_json: 
     run_request(answering.load(bundle), request, options, Output.JSON if as_json else Output.TEXT, say)
 
 
-@main.command(epilog=examples("chat bundle --image photo.jpg"))
+@click.command(epilog=examples("chat bundle --image photo.jpg"))
 @_bundle
 @images_option
 @answering_options
@@ -335,7 +336,7 @@ def chat(bundle: Path, images: tuple[str, ...], answering: Answering) -> None:
     converse(Conversation(llava, options), standard_terminal(llava.max_len, say), pictures)
 
 
-@main.command(
+@click.command(
     "eval", epilog=examples("eval bundle", "eval fp32 fp16 int4", "eval bundle --data questions.jsonl --json")
 )
 @click.argument("bundles", type=PATH, nargs=-1, required=True, metavar="BUNDLE [BUNDLE ...]")
@@ -367,7 +368,7 @@ def evaluate(bundles: tuple[Path, ...], request: EvalRequest) -> None:
     examine(bundles, exam, lambda bundle: load_bundle(bundle, request.backend), output)
 
 
-@main.command(
+@click.command(
     epilog=examples(
         "bench bundle", "bench bundle --json before.json", "bench bundle --compare before.json --plot a.png"
     )
@@ -389,7 +390,7 @@ def bench(bundle: Path, request: BenchRequest) -> None:
     run_bench(bundle, request, functools.partial(decode_bound, model))
 
 
-@main.command(epilog=examples("report bundle -o report.html", "report fp32 fp16 int4 -o a.html --json a.json"))
+@click.command(epilog=examples("report bundle -o report.html", "report fp32 fp16 int4 -o a.html --json a.json"))
 @click.argument("bundles", type=PATH, nargs=-1, metavar="BUNDLE [BUNDLE ...]")
 @report_options
 def report(bundles: tuple[Path, ...], request: ReportRequest) -> None:
@@ -412,7 +413,7 @@ def report(bundles: tuple[Path, ...], request: ReportRequest) -> None:
     run_report(bundles, request, lambda per_kind: (drawn_questions(per_kind, seed=0), chances()), bound_of)
 
 
-@main.command(epilog=examples("selftest bundle", "selftest bundle --build --json"))
+@click.command(epilog=examples("selftest bundle", "selftest bundle --build --json"))
 @_bundle
 @selftest_options
 def selftest(bundle: Path, request: SelftestRequest) -> None:
@@ -426,84 +427,6 @@ def selftest(bundle: Path, request: SelftestRequest) -> None:
     run_selftest(bundle, request, build_default)
 
 
-@main.command(epilog=examples("verify llava-1.5-7b-hf bundle", "verify checkpoint bundle --image photo.jpg --json"))
-@source_options
-@_bundle
-@click.option("--image", metavar="PICTURE", help="By default one that is drawn.")
-@click.option("--prompt", default="What is in the picture?", show_default=True, help="The question about it.")
-@raw_option
-@click.option("--max-new-tokens", type=int, default=32, show_default=True, help="Tokens to compare.")
-@backend_option
-@json_option
-def verify(
-    source: Source,
-    bundle: Path,
-    image: str | None,
-    prompt: str,
-    raw: bool,
-    max_new_tokens: int,
-    backend: BackendName,
-    as_json: bool,
-) -> None:
-    """Compare a bundle with PyTorch.
-
-    Both get the same picture and prompt, and are compared stage by stage: pixels, tower layer by layer, projector,
-    splice, decoder layer by layer, logits, tokens. Fails where a stage leaves its tolerance, and names the first.
-
-    Of an int4 bundle, PyTorch's decoder takes the weights that the bundle's stand for: this says whether they are
-    computed with rightly, and eval says what it costs that they are int4.
-    """
-    from llava_deploy.engines.errors import LlavaDeployError
-    from llava_deploy.engines.manifest import read_manifest
-    from llava_deploy.exporter.demo.questions import drawn_picture
-    from llava_deploy.runtime import terminal
-    from llava_deploy.runtime.terminal_run import Request, Template, prompt_of
-    from llava_deploy.runtime.terminal_selftest import stage_table
-
-    picture = drawn_picture() if image is None else load_pictures((image,))[0]
-    request = Request(prompt, [picture], Template.RAW if raw else Template.MODEL)
-    text = prompt_of(request, read_manifest(bundle).chat)
-    with terminal.progress("comparing with PyTorch", quiet=quiet()):
-        from llava_deploy.exporter.verify import verify as compare
-
-        checkpoint = source.open()
-        report = compare(
-            checkpoint, bundle, prompt=text, picture=picture, max_new_tokens=max_new_tokens, backend=backend
-        )
-    say_unused(checkpoint)
-    terminal.show(report.to_dict() if as_json else stage_table(report.stages))
-    if report.first_failure is not None:
-        raise LlavaDeployError(f"{report.first_failure} is the first stage out of tolerance")
-
-
-@main.command(epilog=examples("demo", "demo -o elsewhere --seed 7"))
-@click.option("-o", "--output", type=PATH, default=Path("demo-output"), show_default=True, metavar="DIR")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the drawn pictures.")
-def demo(output: Path, seed: int) -> None:
-    """Go the whole way with the shipped tiny LLaVA.
-
-    Export, build, questions about pictures drawn on the spot, the comparison with PyTorch, and timings.
-    """
-    from llava_deploy.engines.errors import LlavaDeployError
-    from llava_deploy.runtime import terminal
-
-    with terminal.progress("loading PyTorch", quiet=quiet()):
-        from llava_deploy.exporter.demo.showcase import showcase
-
-    if problems := showcase(output, seed, terminal.out()):
-        raise LlavaDeployError("; ".join(problems))
-
-
-@main.command(epilog=examples("completion bash >> ~/.bashrc"))
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> None:
-    """Print the completion script of a shell."""
-    from click.shell_completion import BashComplete, FishComplete, ZshComplete
-
-    kind = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}[shell]
-    click.echo(kind(main, {}, PROGRAM, f"_{PROGRAM}_COMPLETE".replace("-", "_").upper()).source())
-
-
 def _stages_here(bundle: Path, room: Room) -> Sequence[StagePlan]:
     from llava_deploy.engines.planner.fits import stages_here
 
@@ -511,9 +434,22 @@ def _stages_here(bundle: Path, room: Room) -> Sequence[StagePlan]:
 
 
 doctor = doctor_command(_stages_here)
+main.add_command(inspect)
+main.add_command(plan)
+main.add_command(export)
 main.add_command(record)
-main.add_command(swap)
+main.add_command(build)
+main.add_command(verify)
+main.add_command(run)
+main.add_command(chat)
+main.add_command(evaluate)
+main.add_command(bench)
+main.add_command(report)
 main.add_command(pack)
 main.add_command(unpack)
-main.add_command(serve)
+main.add_command(selftest)
 main.add_command(doctor)
+main.add_command(swap)
+main.add_command(serve)
+main.add_command(demo)
+main.add_command(completion)

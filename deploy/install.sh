@@ -208,8 +208,8 @@ root "$root$venv/bin/python" -m pip install "${flags[@]}" -- "${packages[@]}"
 [[ $trim == no ]] || root "$root$venv/bin/python" -I "$here/trim.py"
 # What an import compiles stays with it: the service may not write there.
 root "$root$venv/bin/python" -c 'import llava_deploy.cli, llava_deploy.runtime.selftest, llava_deploy.runtime.serve.service'
-# ONNX Runtime reports to its maker since 1.29, unless it is told not to.
-command=(env ORT_DISABLE_TELEMETRY=1 "$root$venv/bin/python" -c 'from llava_deploy.cli import main; main(prog_name="llava-deploy")')
+# Isolated: nothing that lies in the caller's directory or environment is imported.
+command=("$root$venv/bin/python" -I -c 'from llava_deploy.cli import main; main(prog_name="llava-deploy")')
 root "${command[@]}" --version
 
 if [[ -n $archive ]]; then
@@ -227,9 +227,8 @@ say "5. Put it in its place"
 wrapper() { # the environment's own path, not that of the link: a service that runs keeps its environment
     cat <<'EOF'
 #!/bin/sh
-export ORT_DISABLE_TELEMETRY=1
 home="$(dirname -- "$(dirname -- "$(readlink -f -- "$0")")")"
-exec "$(readlink -f -- "$home/current")/bin/python" -c 'from llava_deploy.cli import main; main(prog_name="llava-deploy")' "$@"
+exec "$(readlink -f -- "$home/current")/bin/python" -I -c 'from llava_deploy.cli import main; main(prog_name="llava-deploy")' "$@"
 EOF
 }
 wrapper | write "$prefix/bin/llava-deploy" 755

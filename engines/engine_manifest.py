@@ -103,6 +103,11 @@ def loaded_files(key: EngineKey) -> tuple[str, ...]:
     return VISION_GRAPH, DECODER_GRAPH, *([INT8_DECODER_GRAPH] if "prefill" in key.int8 else [])
 
 
+def weights_size(manifest: Manifest) -> int:
+    """Bytes of the bundle's graphs with their weights, and of the token embeddings."""
+    return graphs_size(manifest) + manifest.entry(EMBEDDING_TABLE).size
+
+
 def graphs_size(manifest: Manifest) -> int:
     """Bytes of the bundle's graphs with their weights; an engine is as large."""
     return sum(entry.size for entry in manifest.files if ".onnx" in entry.path)

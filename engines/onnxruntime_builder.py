@@ -30,6 +30,7 @@ from llava_deploy.engines.errors import BackendError, OptionError, lacks_onnx_ir
 from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, read_manifest
 from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, AccuracyLevel, Int8Part, Precision
+from llava_deploy.engines.onnxruntime_module import import_onnxruntime
 from llava_deploy.engines.processor import has_int8_products
 from llava_deploy.engines.rewriting import link_or_copy
 from llava_deploy.engines.staging import require_space, staged_directory, write_error
@@ -104,12 +105,7 @@ def build_onnxruntime(
     """
     manifest = read_manifest(bundle)
     check_files(bundle, manifest.files, Integrity.FULL, remedy="export the bundle again")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError(
-            f"ONNX Runtime cannot be imported ({error}); install it with: pip install 'llava-deploy[cpu]'"
-        ) from error
+    onnxruntime = import_onnxruntime()
     level = resolved_accuracy_level(manifest, accuracy_level)
     parts = _int8_parts(int8)
     key = EngineKey("onnxruntime", onnxruntime.__version__, "cpu", source_digest(manifest), level, None, parts)
@@ -180,8 +176,7 @@ def _optimise(source: Path, graph: bytes, key: EngineKey, output: Path) -> list[
     Returns:
         Names of the files that it has written.
     """
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4  # its errors come as exceptions
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED

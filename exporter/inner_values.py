@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 
 from llava_deploy.engines.contract import HIDDEN_STATES
 from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY
+from llava_deploy.engines.onnxruntime_module import import_onnxruntime
 from llava_deploy.exporter.halves import TOWER_FEATURES
 
 
@@ -27,6 +27,7 @@ def all_outputs(path: Path, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray
     """Run a canonical graph in ONNX Runtime on the CPU, in float32 where it can; outputs and hidden states by name."""
     model = ir.load(path)
     mark_hidden_states(model)
+    onnxruntime = import_onnxruntime()
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.add_session_config_entry(ACCURACY_LEVEL_ENTRY, "1")  # float32, as PyTorch computes

@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from llava_deploy.engines.engine_manifest import weights_size
 from llava_deploy.engines.errors import BundleError, InputError
 from llava_deploy.engines.manifest import TOKENIZER, Manifest, QuantizationRecipe, read_manifest
 from llava_deploy.engines.names import Precision
@@ -92,15 +93,10 @@ class Comparison:
             bundle=llava.directory,
             precision=manifest.model.precision,
             quantization=manifest.quantization,
-            weight_bytes=weight_bytes(manifest),
+            weight_bytes=weights_size(manifest),
             report=report,
             against_first=None if meter is None else meter.result(),
         )
-
-
-def weight_bytes(manifest: Manifest) -> int:
-    """Size on the disk of all that holds weights: every file but the tokenizer."""
-    return sum(entry.size for entry in manifest.files if entry.path != TOKENIZER)
 
 
 def require_same_tokens(bundles: Sequence[Path]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from llava_deploy.engines.contract import DecoderShape, VisionShape, past_name, present_name
 from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, INT8_FROM_TOKENS, PREFILL_TOKENS, AccuracyLevel
+from llava_deploy.engines.onnxruntime_module import import_onnxruntime
 from llava_deploy.runtime.backend import Placement
 from llava_deploy.runtime.onnxruntime_feed import TokenFeed, step_feed
 
@@ -46,7 +47,7 @@ class OnnxRuntimeOptions:
 
 def onnxruntime_version() -> str:
     """Version of the ONNX Runtime that is installed."""
-    return str(_import().__version__)
+    return str(import_onnxruntime().__version__)
 
 
 class OnnxRuntimeVision:
@@ -102,7 +103,7 @@ class OnnxRuntimeDecoder:
         Raises:
             BackendError: ONNX Runtime is not installed, or cannot load a graph.
         """
-        self._ort = _import()
+        self._ort = import_onnxruntime()
         self._sessions = [_open(path, options) for path in (model, int8_model) if path is not None]
         self.rounds = int8_model is not None
         """Its long steps compute in 8-bit integers."""
@@ -194,7 +195,7 @@ def _cause(error: Exception) -> str:
 
 
 def _open(model: Path, options: OnnxRuntimeOptions) -> onnxruntime.InferenceSession:
-    ort = _import()
+    ort = import_onnxruntime()
     settings = ort.SessionOptions()
     settings.log_severity_level = 4  # its errors come as exceptions, its warnings are of the graph's making
     if options.threads is not None:
@@ -207,13 +208,3 @@ def _open(model: Path, options: OnnxRuntimeOptions) -> onnxruntime.InferenceSess
         raise BackendError(
             f"{model}: ONNX Runtime {ort.__version__} cannot load it: {_cause(error)}; want version 1.25 or later"
         ) from error
-
-
-def _import() -> onnxruntime:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError(
-            f"ONNX Runtime cannot be imported ({error}); install it with: pip install 'llava-deploy[cpu]'"
-        ) from error
-    return onnxruntime

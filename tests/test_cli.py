@@ -19,8 +19,8 @@ from llava_deploy.runtime import Llava
 from llava_deploy.runtime.stages import StageResult
 
 COMMANDS = (
-    *("inspect", "plan", "export", "build", "run", "chat", "eval", "bench", "report", "selftest", "verify", "demo"),
-    *("completion", "record", "swap", "pack", "unpack", "serve", "doctor"),
+    *("inspect", "plan", "export", "record", "build", "verify", "run", "chat", "eval", "bench"),
+    *("report", "pack", "unpack", "selftest", "doctor", "swap", "serve", "demo", "completion"),
 )
 PROGRAM = [sys.executable, "-c", "from llava_deploy.cli import main; main(prog_name='llava-deploy')"]
 

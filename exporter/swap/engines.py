@@ -11,6 +11,7 @@ from llava_deploy.engines.errors import BackendError, BundleError, OptionError
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest
 from llava_deploy.engines.names import SwapPart
 from llava_deploy.engines.onnxruntime_builder import EarlierEngine, build_onnxruntime
+from llava_deploy.engines.onnxruntime_module import import_onnxruntime
 from llava_deploy.engines.tensorrt.refit import Replaced, refit_tensorrt
 
 Say = Callable[[str], None]
@@ -72,7 +73,6 @@ def _renew(directory: Path, key: EngineKey, before: Manifest, new: Path, part: S
 
 def _onnxruntime_version() -> str:
     try:
-        import onnxruntime
-    except ImportError:
+        return str(import_onnxruntime().__version__)
+    except BackendError:
         return "none"
-    return str(onnxruntime.__version__)

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from llava_deploy.engines.engine_manifest import graphs_size, source_digest
+from llava_deploy.engines.engine_manifest import source_digest, weights_size
 from llava_deploy.engines.errors import BackendError
-from llava_deploy.engines.manifest import EMBEDDING_TABLE, Manifest
+from llava_deploy.engines.manifest import Manifest
 from llava_deploy.engines.names import Backend
 from llava_deploy.runtime.backend_choice import Wanted
 from llava_deploy.runtime.bench.bandwidth import Meter, device_meter, host_meter
@@ -126,7 +126,7 @@ def _bundle(directory: Path, manifest: Manifest) -> BundleCard:
         decoder=model.decoder,
         quantization=manifest.quantization,
         digest=source_digest(manifest),
-        weight_bytes=graphs_size(manifest) + manifest.entry(EMBEDDING_TABLE).size,
+        weight_bytes=weights_size(manifest),
     )
 
 

@@ -74,7 +74,7 @@ def install_tensorrt(backend: TensorRtBackend, host: Host, graphics: Graphics) -
         return "pip install 'llava-deploy[tensorrt]'"
     if major is not None and major < _OLDER_CUDA:
         return f"update the NVIDIA driver to {DRIVERS[_OLDER_CUDA]} or later, then pip install 'llava-deploy[rtx]'"
-    return "pip install 'llava-deploy[rtx]'" + (f" 'cuda-python=={major}.*'" if major == _OLDER_CUDA else "")
+    return "pip install 'llava-deploy[rtx]'"
 
 
 def _onnxruntime(host: Host, packages: Packages) -> BackendVerdict:

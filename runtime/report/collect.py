@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from llava_deploy.engines.engine_manifest import ENGINE_MANIFEST, ENGINES, graphs_size, source_digest
+from llava_deploy.engines.engine_manifest import ENGINE_MANIFEST, ENGINES, source_digest, weights_size
 from llava_deploy.engines.errors import BackendError, InputError
-from llava_deploy.engines.manifest import EMBEDDING_TABLE, Manifest
+from llava_deploy.engines.manifest import Manifest
 from llava_deploy.runtime.backend_choice import BackendName, Wanted
 from llava_deploy.runtime.bench.bench import BoundOf, run_benchmark
 from llava_deploy.runtime.bench.device import open_device
@@ -172,7 +172,7 @@ def _look_at(bundle: Path, manifest: Manifest, label: str, options: ReportOption
         vision=manifest.vision,
         decoder=manifest.decoder,
         digest=source_digest(manifest),
-        weight_bytes=graphs_size(manifest) + manifest.entry(EMBEDDING_TABLE).size,
+        weight_bytes=weights_size(manifest),
         tools=manifest.tools,
         files=manifest.files,
         engines=_engines(bundle),

@@ -97,11 +97,11 @@ def test_systemd_sees_what_is_wrong(tmp_path: Path) -> None:
 
 @needs_systemd
 def test_little_is_exposed(tmp_path: Path) -> None:
-    """Of 10; 0.5 with systemd 252. A line that is dropped by mistake costs more than the rest of this allows."""
+    """0.3 of 10 with systemd 252; the limit is in tenths. A line that is dropped by mistake costs more than is left."""
     assert ANALYZE is not None
-    run = [ANALYZE, "security", "--offline=true", "--threshold=8", rendered(tmp_path)]
-    checked = subprocess.run([*run, "--json=short"], capture_output=True, text=True, check=False)
-    assert (checked.returncode, json.loads(checked.stdout) != []) == (0, True)
+    run = [ANALYZE, "security", "--offline=true", "--threshold=5", rendered(tmp_path)]
+    checked = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_what_the_unit_promises() -> None:
