@@ -21,12 +21,21 @@ DEFAULT_MAX_LEN = 4096
 
 @dataclass(frozen=True)
 class Sessions:
-    """Both graphs, loaded, what runs them, and a sentence for people: which backend, and why a better one does not."""
+    """Both graphs, loaded, and the choice that they are of."""
 
     vision: VisionSession
     decoder: DecoderSession
-    backend: Backend
-    reason: str
+    choice: OnnxRuntimeChoice | TensorRtChoice
+
+    @property
+    def backend(self) -> Backend:
+        """What runs them."""
+        return self.choice.module.backend if isinstance(self.choice, TensorRtChoice) else "onnxruntime"
+
+    @property
+    def reason(self) -> str:
+        """For people: which backend, and why a better one does not."""
+        return self.choice.reason
 
 
 def open_sessions(bundle: Bundle, wanted: Wanted, integrity: Integrity) -> Sessions:
@@ -57,7 +66,7 @@ def _open_onnxruntime(bundle: Bundle, choice: OnnxRuntimeChoice, wanted: Wanted)
     options = OnnxRuntimeOptions(wanted.threads, choice.accuracy_level)
     vision = OnnxRuntimeVision(choice.vision, bundle.manifest.vision, options, rounds="vision" in choice.int8)
     decoder = OnnxRuntimeDecoder(choice.decoder, shape, slots, options, choice.int8_decoder)
-    return Sessions(vision, decoder, "onnxruntime", choice.reason)
+    return Sessions(vision, decoder, choice)
 
 
 def _open_tensorrt(bundle: Bundle, choice: TensorRtChoice) -> Sessions:
@@ -71,4 +80,4 @@ def _open_tensorrt(bundle: Bundle, choice: TensorRtChoice) -> Sessions:
     vision = TensorRtVision(plans[0], bundle.manifest.vision)
     kind = TensorRtDecoder if choice.recipe.cache == "in-place" else GrowingDecoder
     decoder = kind(plans[1:], bundle.manifest.decoder, choice.max_len)
-    return Sessions(vision, decoder, choice.module.backend, choice.reason)
+    return Sessions(vision, decoder, choice)

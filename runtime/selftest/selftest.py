@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,17 +45,15 @@ from llava_deploy.runtime.selftest.report import (
 )
 from llava_deploy.runtime.selftest.surroundings import machine_of, versions_of
 from llava_deploy.runtime.stages import StageResult
+from llava_deploy.runtime.tensorrt_choice import TensorRtChoice
 
-OnStage = Callable[[GoldenStage], None]
 
-
-def selftest(directory: Path, wanted: Wanted, on_stage: OnStage = lambda _: None) -> SelftestReport:
+def selftest(directory: Path, wanted: Wanted) -> SelftestReport:
     """Replay a bundle's goldens through what is installed here.
 
     Args:
         directory: of the bundle.
         wanted: backend, slots of the cache (by default what the goldens need), threads.
-        on_stage: called with each result as it is known.
 
     Raises:
         BundleError: no bundle, or one without goldens; a damaged one is a result.
@@ -63,7 +61,7 @@ def selftest(directory: Path, wanted: Wanted, on_stage: OnStage = lambda _: None
         OptionError: an option that cannot be had.
     """
     began = time.perf_counter()
-    test = _Selftest(directory, wanted, on_stage)
+    test = _Selftest(directory, wanted)
     test.run()
     return test.report(time.perf_counter() - began)
 
@@ -71,10 +69,9 @@ def selftest(directory: Path, wanted: Wanted, on_stage: OnStage = lambda _: None
 class _Selftest:
     """What is known so far."""
 
-    def __init__(self, directory: Path, wanted: Wanted, on_stage: OnStage) -> None:
+    def __init__(self, directory: Path, wanted: Wanted) -> None:
         self._directory = directory
         self._wanted = wanted
-        self._on_stage = on_stage
         self._stages: list[GoldenStage] = []
         self._not_run: list[NotRun] = []
         self._goldens = 0
@@ -93,19 +90,11 @@ class _Selftest:
             return
         self._manifest = manifest
         require_goldens(self._directory, manifest)
-        bundle = Bundle(self._directory, manifest)
-        checked = check_bundle(bundle, self._wanted)
-        if not isinstance(checked, Checked):
-            self._take([GoldenStage(None, checked)])
-            return
-        self._checked = checked
-        self._take([GoldenStage(None, checked.result)])
-        self._take(self._replay(bundle, checked))
+        self._take(self._tested(Bundle(self._directory, manifest), self._wanted))
 
     def report(self, seconds: float) -> SelftestReport:
         """The result."""
         goldens = None if self._checked is None else self._checked.goldens
-        choice = None if self._checked is None else self._checked.choice
         sessions = self._sessions
         backend = None
         if sessions is not None:
@@ -115,8 +104,8 @@ class _Selftest:
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             bundle=None if self._manifest is None else _card(self._directory, self._manifest, goldens),
             backend=backend,
-            versions=versions_of(sessions, choice),
-            machine=machine_of(sessions, choice),
+            versions=versions_of(sessions),
+            machine=machine_of(sessions),
             stages=in_order(self._stages),
             goldens=self._goldens,
             not_run=tuple(self._not_run),
@@ -129,18 +118,36 @@ class _Selftest:
                 self._not_run.append(result)
             else:
                 self._stages.append(result)
-                self._on_stage(result)
 
-    def _replay(self, bundle: Bundle, checked: Checked) -> Iterator[GoldenStage | NotRun]:
+    def _tested(self, bundle: Bundle, wanted: Wanted) -> Iterator[GoldenStage | NotRun]:
+        checked = check_bundle(bundle, wanted)
+        if not isinstance(checked, Checked):
+            yield GoldenStage(None, checked)
+            return
+        self._checked = checked
+        choice = checked.choice
+        if isinstance(choice, TensorRtChoice):
+            self._sessions = open_sessions(bundle, wanted, Integrity.QUICK)
+            if isinstance(self._sessions.choice, OnnxRuntimeChoice):
+                # Whose files, and whose limits, are others.
+                yield NotRun(f"engine {choice.directory.name}", self._sessions.reason)
+                self._sessions = None
+                yield from self._tested(bundle, replace(wanted, backend="onnxruntime"))
+                return
+        yield GoldenStage(None, checked.result)
+        yield from self._replay(bundle, checked, wanted)
+
+    def _replay(self, bundle: Bundle, checked: Checked, wanted: Wanted) -> Iterator[GoldenStage | NotRun]:
         recorded = [Recorded(bundle, golden) for golden in checked.goldens.goldens]
-        wanted, choice = self._wanted, checked.choice
+        choice, sessions = checked.choice, self._sessions
         if isinstance(choice, OnnxRuntimeChoice):
             slots = max(one.slots for one in recorded) if wanted.max_len is None else wanted.max_len
             wanted = replace(wanted, max_len=slots)
             fitting = [one for one in recorded if one.slots <= slots]
             if fitting:
                 yield from exact_stages(bundle, choice, fitting, wanted.threads, slots)
-        self._sessions = sessions = open_sessions(bundle, wanted, Integrity.QUICK)
+        if sessions is None:
+            self._sessions = sessions = open_sessions(bundle, wanted, Integrity.QUICK)
         room = sessions.decoder.max_len
         fitting = [one for one in recorded if one.slots <= room]
         for one in recorded:
@@ -149,17 +156,17 @@ class _Selftest:
                 yield NotRun(f"golden {one.golden.name}", reason)
         self._goldens = len(fitting)
         if fitting:
-            yield from _Replay(bundle, checked, sessions).stages(fitting)
+            yield from _Replay(bundle, sessions).stages(fitting)
 
 
 class _Replay:
     """All goldens, a stage at a time, through sessions that are open."""
 
-    def __init__(self, bundle: Bundle, checked: Checked, sessions: Sessions) -> None:
+    def __init__(self, bundle: Bundle, sessions: Sessions) -> None:
         self._bundle = bundle
         self._sessions = sessions
         self._encoder = PromptEncoder(bundle, sessions.vision)
-        self._features, self._logits = _roundings(bundle, checked, sessions)
+        self._features, self._logits = _roundings(bundle, sessions)
 
     def stages(self, many: list[Recorded]) -> Iterator[GoldenStage | NotRun]:
         """Their results, in the order in which data passes the stages."""
@@ -212,10 +219,10 @@ class _Replay:
         return Llava(self._bundle, self._encoder, self._sessions.decoder, self._sessions.reason)
 
 
-def _roundings(bundle: Bundle, checked: Checked, sessions: Sessions) -> tuple[Rounding, Rounding]:
+def _roundings(bundle: Bundle, sessions: Sessions) -> tuple[Rounding, Rounding]:
     """Of image features, and of logits."""
-    precision, choice = bundle.manifest.model.precision, checked.choice
-    if sessions.backend != "onnxruntime" or not isinstance(choice, OnnxRuntimeChoice):
+    precision, choice = bundle.manifest.model.precision, sessions.choice
+    if isinstance(choice, TensorRtChoice):
         on_gpu = Rounding(precision, Arithmetic.GPU)
         return on_gpu, on_gpu
     features, logits = (

@@ -7,7 +7,6 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
-from llava_deploy.runtime.backend_choice import OnnxRuntimeChoice
 from llava_deploy.runtime.bench.machine import this_machine, versions
 from llava_deploy.runtime.bench.report import Machine
 from llava_deploy.runtime.loading import Sessions
@@ -16,17 +15,18 @@ from llava_deploy.runtime.tensorrt_choice import TensorRtChoice
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def machine_of(sessions: Sessions | None, choice: OnnxRuntimeChoice | TensorRtChoice | None) -> Machine:
+def machine_of(sessions: Sessions | None) -> Machine:
     """Where it ran; with the GPU, where that ran it."""
-    on_gpu = isinstance(choice, TensorRtChoice) and sessions is not None and sessions.backend != "onnxruntime"
-    return this_machine(choice.device.name if on_gpu and isinstance(choice, TensorRtChoice) else None)
+    choice = None if sessions is None else sessions.choice
+    return this_machine(choice.device.name if isinstance(choice, TensorRtChoice) else None)
 
 
-def versions_of(sessions: Sessions | None, choice: OnnxRuntimeChoice | TensorRtChoice | None) -> dict[str, str]:
+def versions_of(sessions: Sessions | None) -> dict[str, str]:
     """Of what ran it, and of what is around it; of little, where nothing was loaded."""
     if sessions is None:
         return {"python": platform.python_version(), "llava-deploy": version("llava-deploy")}
-    if sessions.backend == "onnxruntime" or not isinstance(choice, TensorRtChoice):
+    choice = sessions.choice
+    if not isinstance(choice, TensorRtChoice):
         return versions(sessions.backend)
     cuda = int(choice.device.call("cudaDriverGetVersion"))
     driver = re.search(r"\d+\.\d+(\.\d+)?", _DRIVER.read_text(errors="replace")) if _DRIVER.is_file() else None

@@ -21,7 +21,7 @@ from llava_deploy.exporter.goldens.record import record
 from llava_deploy.exporter.quantization.plan import round_to_nearest
 from llava_deploy.exporter.quantization.request import QuantizeOptions
 from llava_deploy.runtime.backend_choice import Wanted
-from llava_deploy.runtime.selftest.report import GoldenStage, SelftestReport
+from llava_deploy.runtime.selftest.report import SelftestReport
 from llava_deploy.runtime.selftest.selftest import selftest
 
 ONE_THREAD = Wanted(threads=1)
@@ -113,9 +113,7 @@ def scaled(own: Callable[[Path], Path]) -> Callable[[Path, str, float], None]:
 def tested() -> Callable[..., SelftestReport]:
     """Test a bundle with one thread."""
 
-    def test(
-        bundle: Path, wanted: Wanted = ONE_THREAD, on_stage: Callable[[GoldenStage], None] = lambda _: None
-    ) -> SelftestReport:
-        return selftest(bundle, wanted, on_stage)
+    def test(bundle: Path, wanted: Wanted = ONE_THREAD) -> SelftestReport:
+        return selftest(bundle, wanted)
 
     return test

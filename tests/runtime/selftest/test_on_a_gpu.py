@@ -12,8 +12,10 @@ import pytest
 from fake_gpu import LIMITS, RTX
 
 from llava_deploy.engines.engine_manifest import ENGINES
+from llava_deploy.engines.errors import BackendError
 from llava_deploy.runtime.backend_choice import Wanted
 from llava_deploy.runtime.selftest.report import SelftestReport
+from llava_deploy.runtime.stages import TOLERANCE
 from llava_deploy.runtime.tensorrt.decoder import TensorRtDecoder
 
 if TYPE_CHECKING:
@@ -60,6 +62,29 @@ def test_an_engine_of_one_row_and_of_a_short_context(bundle: Path, fake_gpu: Fak
     assert report.ok, report.sentence
     assert {each.what for each in report.not_run} == {"golden two-pictures", "tokens, in a batch"}
     assert "the engine or the memory has room for one row" in report.to_dict()["not_run"][-1]["reason"]
+
+
+def test_where_the_engine_does_not_load_what_runs_instead_is_tested_as_itself(
+    bundle: Path, fake_gpu: FakeGpu, tested: Tested, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = fake_gpu.write_engine(bundle)
+
+    def full(*_: Any) -> Any:
+        raise BackendError("no memory on the GPU")
+
+    monkeypatch.setattr("llava_deploy.runtime.tensorrt.plans.open_plans", full)
+    report = tested(bundle, Wanted())
+    assert report.ok, report.sentence
+    (left,) = report.not_run
+    assert left.what == f"engine {engine.name}"
+    assert "no memory on the GPU" in left.reason
+    assert report.backend is not None
+    assert (report.backend.name, report.machine.gpu) == ("onnxruntime", None)
+    files, *_, logits = (s.result for s in report.stages if s.result.kind in ("files", "logits"))
+    assert engine.name not in files.detail
+    assert logits.tolerance < TOLERANCE["fp32"] / 2  # a GPU's are allowed all of it
+    with pytest.raises(BackendError, match="no memory on the GPU"):
+        tested(bundle, ON_GPU)
 
 
 def test_an_engine_that_is_wrong(
