@@ -1,4 +1,4 @@
-"""ONNX Runtime's Python module, imported when it is wanted. Nothing else of ours imports it."""
+"""ONNX Runtime's Python module, imported when it is wanted. Nothing else of ours imports it but the doctor's probes."""
 
 from __future__ import annotations
 

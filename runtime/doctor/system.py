@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_deploy.engines.onnxruntime_module import NO_REPORTS
+
 PATIENCE = 8.0
 """Seconds that a program may take; nvidia-smi wakes a sleeping driver up, which takes some."""
 
@@ -174,7 +176,7 @@ def run_program(words: Sequence[str], patience: float) -> Ran:
     Nobody waits for one that cannot even be killed, as where it hangs in a driver; and of one that prints without end
     the beginning is enough.
     """
-    environment = {**os.environ, "LC_ALL": "C"}
+    environment = {NO_REPORTS: "1", **os.environ, "LC_ALL": "C"}  # a probe loads ONNX Runtime
     try:
         process = subprocess.Popen(
             words,

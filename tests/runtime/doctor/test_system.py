@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_deploy.engines.onnxruntime_module import NO_REPORTS
 from llava_deploy.runtime.doctor import system as module
 from llava_deploy.runtime.doctor.system import Ran, free_bytes, installed_version, run_program, this_system
 
@@ -21,6 +22,13 @@ def test_a_programs_text_and_status() -> None:
     assert run_program(("no-such-program-here",), 10).trouble == "no-such-program-here is not installed"
     assert "cannot be run" in run_program((str(Path(__file__)),), 10).trouble
     assert run_program(("sh", "-c", "kill -SEGV $$"), 10).code == -11
+
+
+def test_what_is_probed_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(NO_REPORTS, raising=False)
+    assert run_program(("sh", "-c", f"echo ${NO_REPORTS}"), 10).text == "1\n"
+    monkeypatch.setenv(NO_REPORTS, "0")
+    assert run_program(("sh", "-c", f"echo ${NO_REPORTS}"), 10).text == "0\n"
 
 
 @pytest.mark.parametrize("script", ["sleep 60", "trap '' TERM INT; sleep 60 & sleep 60", "exec >&-; sleep 60", "yes"])
