@@ -129,6 +129,11 @@ def resolved_accuracy_level(manifest: Manifest, wanted: AccuracyLevel | None) ->
     return wanted
 
 
+def built_engines(bundle: Path) -> list[Path]:
+    """Directories of the engines of a bundle in order, without those that are being built."""
+    return sorted(path.parent for path in (bundle / ENGINES).glob(f"[!.]*/{ENGINE_MANIFEST}"))
+
+
 def write_engine_manifest(directory: Path, key: EngineKey, files: Iterable[str]) -> None:
     """Write ``engine.json`` for the ``files`` of ``directory`` as they are on the disk now.
 

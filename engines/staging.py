@@ -92,6 +92,21 @@ def require_space(bundle: Path, wanted: int) -> None:
         )
 
 
+def require_space_for(output: Path, wanted: int) -> None:
+    """Refuse to begin where the disk is plainly too small for a bundle of ``wanted`` bytes at ``output``.
+
+    Raises:
+        LlavaDeployError: it is.
+    """
+    home = next(parent for parent in output.absolute().parents if parent.exists())
+    free = shutil.disk_usage(home).free
+    if free < wanted:
+        raise LlavaDeployError(
+            f"{output}: the disk is full: the bundle wants {wanted:,} bytes, {home} has {free:,} free; "
+            "free some space or choose another disk"
+        )
+
+
 def write_error(output: Path, error: OSError) -> LlavaDeployError:
     """What to tell of a system error while ``output`` was being written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import importlib.metadata
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from llava_deploy.engines.manifest import (
     describe_file,
 )
 from llava_deploy.engines.names import DEFAULT_ACCURACY_LEVEL, AccuracyLevel, HeadPrecision, Precision
-from llava_deploy.engines.staging import require_free_name, staged_directory, write_error
+from llava_deploy.engines.staging import require_free_name, require_space_for, staged_directory, write_error
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD, LlavaConfig
 from llava_deploy.exporter.graphs import Graphs, build_graphs
@@ -101,7 +100,7 @@ def export(
     graphs = build_graphs(checkpoint.config, precision, {name: source.format for name, source in kept.items()})
     recipe = quantization_recipe(kept, accuracy_level) if kept else None
     wanted = _bytes_wanted(checkpoint, graphs)  # now: what is written is no longer counted
-    _require_space(wanted, output)
+    require_space_for(output, wanted)
     total = sum(source.nbytes for source in checkpoint.tensors.values())
     done = 0
 
@@ -245,14 +244,3 @@ def _bytes_wanted(checkpoint: Checkpoint, graphs: Graphs) -> int:
             if value.const_value is None and value.dtype is not None and value.shape is not None:
                 floats[name] = math.prod(value.shape.numpy()) * value.dtype.bitwidth // 8
     return sum(floats.values())
-
-
-def _require_space(wanted: int, output: Path) -> None:
-    """Refuse before the first byte where the disk is plainly too small."""
-    home = next(parent for parent in output.absolute().parents if parent.exists())
-    free = shutil.disk_usage(home).free
-    if free < wanted:
-        raise LlavaDeployError(
-            f"{output}: the disk is full: the bundle wants {wanted:,} bytes, {home} has {free:,} free; "
-            "free some space or choose another disk"
-        )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llava_deploy.engines.arrays import mapped_array
 from llava_deploy.engines.errors import InputError
 from llava_deploy.engines.manifest import (
     DECODER_GRAPH,
@@ -49,7 +50,7 @@ def require_made_from(checkpoint: Checkpoint, bundle: Path, manifest: Manifest) 
 
     Raises:
         InputError: another model's.
-        BundleError: the bundle lacks a file that this needs.
+        BundleError: the bundle lacks a file that this needs, or one is damaged.
     """
     require_sizes_of(checkpoint, bundle, manifest)
     said = {
@@ -70,7 +71,9 @@ def require_made_from(checkpoint: Checkpoint, bundle: Path, manifest: Manifest) 
 
 
 def _stored_floats(bundle: Path, manifest: Manifest, names: set[str]) -> dict[str, np.ndarray]:
-    table = np.load(bundle / manifest.entry(EMBEDDING_TABLE).path, mmap_mode="r", allow_pickle=False)
+    path, shape = bundle / manifest.entry(EMBEDDING_TABLE).path, manifest.decoder
+    size = (shape.vocab_size, shape.hidden_size)
+    table = mapped_array(path, shape.dtype, size, remedy="export the bundle again")
     graphs = [VISION_GRAPH] if manifest.quantization is not None else [VISION_GRAPH, DECODER_GRAPH]
     for name in graphs:
         manifest.entry(name)

@@ -95,17 +95,26 @@ def stage(name: str, kind: StageKind, found: np.ndarray, wanted: np.ndarray, tol
     return StageResult(name, kind, worst, relative, tolerance, f"relative error {relative:.1e}, largest {worst:.1e}")
 
 
-def pixel_stage(found: np.ndarray, wanted: np.ndarray, recipe: ImageRecipe) -> StageResult:
-    """Errors in 8-bit levels: normalised values times the deviation, over the rescale factor."""
+def pixel_levels(found: np.ndarray, wanted: np.ndarray, recipe: ImageRecipe) -> np.ndarray:
+    """How far normalised pixels ``[pictures, 3, height, width]`` are apart, in 8-bit levels.
+
+    Of the values the difference, times the deviation, over the rescale factor.
+    """
     std = np.array(recipe.std if recipe.std is not None else (1.0, 1.0, 1.0), np.float32)[:, None, None]
-    factor = recipe.rescale_factor if recipe.rescale_factor is not None else 1.0
+    levels: np.ndarray = np.abs(found - wanted) * std
+    return levels if recipe.rescale_factor is None else levels / recipe.rescale_factor
+
+
+def pixel_stage(found: np.ndarray, wanted: np.ndarray, recipe: ImageRecipe) -> StageResult:
+    """Pixels against PyTorch's, in 8-bit levels."""
     if found.shape != wanted.shape:
         shapes = f"shapes differ: {list(found.shape)}, PyTorch {list(wanted.shape)}"
         return StageResult("pixels", "pixels", float("inf"), float("inf"), 1.0, shapes)
-    difference = np.abs(found - wanted)
-    levels = float((difference * std / factor).max())
+    levels = float(pixel_levels(found, wanted, recipe).max())
     # A level as float32 comes out of the arithmetic: 1.0000 is one level.
-    return StageResult("pixels", "pixels", float(difference.max()), round(levels, 3), 1.0, f"{levels:.3f} levels")
+    return StageResult(
+        "pixels", "pixels", float(np.abs(found - wanted).max()), round(levels, 3), 1.0, f"{levels:.3f} levels"
+    )
 
 
 def token_stage(

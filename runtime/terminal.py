@@ -16,7 +16,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from llava_deploy.engines.engine_manifest import ENGINES
+from llava_deploy.engines.engine_manifest import built_engines
 from llava_deploy.engines.goldens import has_goldens
 from llava_deploy.engines.manifest import Manifest
 
@@ -105,7 +105,7 @@ def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
 
 def bundle_facts(directory: Path, manifest: Manifest) -> Table:
     """Everything that a person wants to know of a bundle."""
-    engines = sorted(path.parent.name for path in (directory / ENGINES).glob("[!.]*/engine.json"))
+    engines = [engine.name for engine in built_engines(directory)]
     rest = [("engines", ", ".join(engines) if engines else "none; llava-deploy build makes one")]
     return facts(f"Bundle {directory}", _model_facts(manifest, rest))
 

@@ -79,7 +79,7 @@ def _with_projector(checkpoint: Checkpoint, bundle: Path, manifest: Manifest) ->
         rest = first_difference(open_model(bundle / DECODER_GRAPH), graphs.decoder)
     given = with_stored_decoder(checkpoint, bundle) if rest is None else checkpoint
     tower = {name: s for name, s in _stored_vision(bundle, graphs).items() if not name.startswith(_PROJECTOR)}
-    tensors = {**given.tensors, **tower, EMBED_TOKENS: stored_table(bundle)}
+    tensors = {**given.tensors, **tower, EMBED_TOKENS: stored_table(bundle, manifest.decoder)}
     notes = []
     if any(differs(stored, checkpoint.tensors[name]) for name, stored in tower.items()):
         notes.append("its vision tower has other weights than the bundle's, which stay: export it to have both")

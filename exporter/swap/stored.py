@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_deploy.engines.errors import BundleError
+from llava_deploy.engines.arrays import mapped_array
+from llava_deploy.engines.contract import DecoderShape
 from llava_deploy.engines.manifest import EMBEDDING_TABLE
 from llava_deploy.exporter.config import EMBED_TOKENS
 from llava_deploy.exporter.sources.tensors import TensorSource
@@ -46,19 +47,17 @@ class StoredTable:
         return (self.path,)
 
     def read(self) -> np.ndarray:
-        """The values, mapped."""
-        return _map(self.path)
+        """The values, mapped.
+
+        Raises:
+            BundleError: the file holds something else.
+        """
+        return mapped_array(self.path, self.dtype, self.shape, remedy="export the bundle again")
 
 
-def stored_table(bundle: Path) -> StoredTable:
-    """The table of ``bundle``; its header is read.
-
-    Raises:
-        BundleError: the file is no array.
-    """
-    path = bundle / EMBEDDING_TABLE
-    table = _map(path)
-    return StoredTable(EMBED_TOKENS, path, table.shape, str(table.dtype))
+def stored_table(bundle: Path, shape: DecoderShape) -> StoredTable:
+    """The table of ``bundle``, whose decoder has this shape."""
+    return StoredTable(EMBED_TOKENS, bundle / EMBEDDING_TABLE, (shape.vocab_size, shape.hidden_size), shape.dtype)
 
 
 def differs(stored: TensorSource, given: TensorSource) -> bool:
@@ -72,11 +71,3 @@ def _chunks(want: np.ndarray, found: np.ndarray) -> Iterator[tuple[np.ndarray, n
         part = slice(start, start + _CHUNK)
         with np.errstate(over="ignore"):
             yield want[part], found[part].astype(want.dtype)
-
-
-def _map(path: Path) -> np.ndarray:
-    try:
-        table: np.ndarray = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise BundleError(f"{path}: no array ({error}); export the bundle again") from error
-    return table

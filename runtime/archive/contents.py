@@ -12,6 +12,7 @@ from llava_deploy.engines.engine_manifest import (
     ENGINE_MANIFEST,
     ENGINES,
     EngineManifest,
+    built_engines,
     parse_engine_manifest,
     source_digest,
 )
@@ -93,8 +94,8 @@ def choose_contents(bundle: Path, options: PackOptions) -> Contents:
 
 
 def engine_names(bundle: Path) -> list[str]:
-    """Directories of the engines of a bundle, without those that are being built."""
-    return sorted(path.parent.name for path in (bundle / ENGINES).glob(f"[!.]*/{ENGINE_MANIFEST}"))
+    """Names of the engines of a bundle."""
+    return [engine.name for engine in built_engines(bundle)]
 
 
 def _read_manifest(bundle: Path) -> tuple[bytes, Manifest]:

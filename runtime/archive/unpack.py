@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llava_deploy.engines.engine_manifest import ENGINE_MANIFEST, ENGINES, parse_engine_manifest
-from llava_deploy.engines.errors import BundleError, LlavaDeployError
+from llava_deploy.engines.errors import BundleError
 from llava_deploy.engines.manifest import MANIFEST_NAME, FileEntry, Manifest
-from llava_deploy.engines.staging import require_free_name, staged_directory, write_error
+from llava_deploy.engines.staging import require_free_name, require_space_for, staged_directory, write_error
 from llava_deploy.runtime.archive.archive import Archive, open_archive
 from llava_deploy.runtime.archive.listing import REMEDY, require_engine
 
@@ -36,7 +35,7 @@ def unpack(
     """
     require_free_name(output, replace=replace)
     with open_archive(archive) as opened:
-        _require_space(opened, output)
+        require_space_for(output, opened.content_size)
         try:
             with staged_directory(output, replace=replace) as staging:
                 _write(opened, staging, on_progress)
@@ -76,14 +75,3 @@ def _require_engine(archive: Archive, directory: Path, name: str) -> None:
     content = (directory / path).read_bytes()
     engine = parse_engine_manifest(content, where=f"{archive.path}, {path}", remedy=REMEDY)
     require_engine(archive.listing, name, engine, where=str(archive.path))
-
-
-def _require_space(archive: Archive, output: Path) -> None:
-    """Refuse before the first byte where the disk is plainly too small."""
-    home = next(parent for parent in output.absolute().parents if parent.exists())
-    free = shutil.disk_usage(home).free
-    if free < archive.content_size:
-        raise LlavaDeployError(
-            f"{output}: the disk is full: the bundle wants {archive.content_size:,} bytes, {home} has {free:,} free; "
-            "free some space or choose another disk"
-        )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from llava_deploy.engines.engine_manifest import ENGINE_MANIFEST, ENGINES, source_digest, weights_size
+from llava_deploy.engines.engine_manifest import built_engines, source_digest, weights_size
 from llava_deploy.engines.errors import BackendError, InputError
 from llava_deploy.engines.manifest import Manifest
 from llava_deploy.runtime.backend_choice import BackendName, Wanted
@@ -185,10 +185,9 @@ def _look_at(bundle: Path, manifest: Manifest, label: str, options: ReportOption
 
 
 def _engines(bundle: Path) -> tuple[BuiltEngine, ...]:
-    places = sorted(path.parent for path in (bundle / ENGINES).glob(f"[!.]*/{ENGINE_MANIFEST}"))
     return tuple(
         BuiltEngine(place.name, sum(path.stat().st_size for path in place.rglob("*") if path.is_file()))
-        for place in places
+        for place in built_engines(bundle)
     )
 
 

@@ -30,6 +30,7 @@ from llava_deploy.runtime.stages import (
     TOLERANCE,
     StageKind,
     StageResult,
+    pixel_levels,
     position_errors,
 )
 
@@ -177,14 +178,12 @@ def compared_pixels(found: np.ndarray, wanted: np.ndarray, recipe: ImageRecipe) 
     """Hold ``[pictures, 3, height, width]`` against PyTorch's, in 8-bit levels."""
     if found.shape != wanted.shape:
         return failed("pixels", "pixels", f"shapes differ: {list(found.shape)}, PyTorch {list(wanted.shape)}")
-    std = np.array(recipe.std if recipe.std is not None else (1.0, 1.0, 1.0), np.float32)[:, None, None]
-    difference = np.abs(found - wanted)
-    levels = difference * std / (recipe.rescale_factor if recipe.rescale_factor is not None else 1.0)
+    levels = pixel_levels(found, wanted, recipe)
     # A level as float32 comes out of the arithmetic: 1.0000 is one level.
     worst, mean = round(float(levels.max()), 3), float(levels.mean(dtype=np.float64))
     error, tolerance = _nearest((worst, PIXELS_WORST), (mean, PIXELS_MEAN))
     detail = f"{worst:.3f} levels at worst, {mean:.4f} on average"
-    return StageResult("pixels", "pixels", float(difference.max()), error, tolerance, detail)
+    return StageResult("pixels", "pixels", float(np.abs(found - wanted).max()), error, tolerance, detail)
 
 
 def failed(name: str, kind: StageKind, detail: str) -> StageResult:
