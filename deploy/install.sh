@@ -100,8 +100,9 @@ fi
     die "--extras $extras: want some of cpu, gpu, rtx, build and tensorrt with commas between, or jetson"
 oldest=11
 [[ ,$extras, == *,cpu,* || ,$extras, == *,gpu,* ]] || oldest=10 # ONNX Runtime has no release for 3.10 that reads our graphs
+# Everywhere -I: what lies in the caller's directory is not imported, least of all by root.
 fits() {
-    "$1" -c "import sys, venv, ensurepip; sys.exit(not (3, $oldest) <= sys.version_info[:2] <= (3, 13))" 2>/dev/null
+    "$1" -I -c "import sys, venv, ensurepip; sys.exit(not (3, $oldest) <= sys.version_info[:2] <= (3, 13))" 2>/dev/null
 }
 if [[ -z $python ]]; then
     candidates=(python3.13 python3.12 python3.11 python3)
@@ -112,7 +113,7 @@ if [[ -z $python ]]; then
 fi
 fits "$python" || die "want Python 3.$oldest to 3.13 with venv, found ${python:-none}; on Ubuntu 24.04: sudo apt-get install" \
     "python3-venv, on 22.04: sudo apt-get install python3.11 python3.11-venv, or name one with --python"
-[[ $extras != jetson ]] || "$python" -c 'import tensorrt' 2>/dev/null ||
+[[ $extras != jetson ]] || "$python" -I -c 'import tensorrt' 2>/dev/null ||
     die "$python has no TensorRT, which JetPack brings: sudo apt-get install nvidia-jetpack, or python3-libnvinfer alone"
 wanted=1000
 [[ ,$extras, != *,gpu,* && ,$extras, != *,rtx,* && ,$extras, != *,tensorrt,* ]] || wanted=6000
@@ -146,21 +147,33 @@ folder() { # and its parents
         root mkdir -- "$root$1"
     fi
 }
-write() { # PATH MODE, from standard input
+write() { # PATH MODE [KIND], from standard input
     folder "$(dirname -- "$1")"
-    note file "$1"
+    note "${3:-file}" "$1"
     root install -m "$2" /dev/stdin "$root$1"
     [[ $dry == no ]] || cat >/dev/null # or whoever writes into the pipe dies of it
 }
 
 work=/tmp/llava-deploy.XXXXXX stamp="$(date -u +%Y%m%dT%H%M%S).$$" done=no
-venv="$prefix/venvs/$stamp" model="/var/lib/llava-deploy/models/$name" incoming=''
+venv="$prefix/venvs/$stamp" model="/var/lib/llava-deploy/models/$name" incoming='' before='' old=''
 [[ $dry == yes ]] || work="$(mktemp -d "${TMPDIR:-/tmp}/llava-deploy.XXXXXX")"
+switch() { # a link is replaced in one step
+    root ln -sfn -- "$1" "$root$prefix/current.new"
+    root mv -fT -- "$root$prefix/current.new" "$root$prefix/current"
+}
+back() { # to the program and the model of before, if they had to make room already
+    if [[ -n $before && $(readlink -- "$root$prefix/current") != "$before" ]]; then switch "$before"; fi
+    if [[ -n $old && -e $root$old ]]; then
+        root rm -rf -- "$root$model"
+        root mv -T -- "$root$old" "$root$model"
+    fi
+}
 clean() {
     local status=$?
     if [[ $dry == no ]]; then
         rm -rf -- "$work"
         if [[ $done == no ]]; then
+            back >&2
             ${sudo[@]+"${sudo[@]}"} rm -rf -- "$root$venv" ${incoming:+"$root$incoming"}
             if [[ -e $root$prefix/current ]]; then
                 say "Not installed. What was there before is as it was, and works on." >&2
@@ -182,8 +195,8 @@ if [[ -z $wheel ]]; then
     run mkdir -- "$work/source"
     copy() { tar -C "$source" --exclude=./.git --exclude='./.venv*' --exclude=./build --exclude='*.egg-info' -cf - . | tar -C "$work/source" -xf -; }
     run copy
-    run "$python" -m venv -- "$work/tool"
-    run "$work/tool/bin/python" -m pip wheel -q --no-deps ${packages[@]+"${packages[@]}"} -w "$work/wheel" -- "$work/source"
+    run "$python" -I -m venv -- "$work/tool"
+    run "$work/tool/bin/python" -I -m pip wheel -q --no-deps ${packages[@]+"${packages[@]}"} -w "$work/wheel" -- "$work/source"
     wheel="$work/wheel/llava_deploy.whl"
     [[ $dry == yes ]] || wheel="$(echo "$work"/wheel/*.whl)"
 else
@@ -203,12 +216,11 @@ for constraints in "$here/constraints.txt" "$here/../constraints.txt"; do
     if [[ -f $constraints ]]; then flags+=(-c "$constraints") && break; fi
 done
 [[ -z $offline ]] || flags+=(--no-index --find-links "$offline")
-root "$python" -m venv ${options[@]+"${options[@]}"} -- "$root$venv"
-root "$root$venv/bin/python" -m pip install "${flags[@]}" -- "${packages[@]}"
+root "$python" -I -m venv ${options[@]+"${options[@]}"} -- "$root$venv"
+root "$root$venv/bin/python" -I -m pip install "${flags[@]}" -- "${packages[@]}"
 [[ $trim == no ]] || root "$root$venv/bin/python" -I "$here/trim.py"
 # What an import compiles stays with it: the service may not write there.
-root "$root$venv/bin/python" -c 'import llava_deploy.cli, llava_deploy.runtime.selftest, llava_deploy.runtime.serve.service'
-# Isolated: nothing that lies in the caller's directory or environment is imported.
+root "$root$venv/bin/python" -I -c 'import llava_deploy.cli, llava_deploy.runtime.selftest, llava_deploy.runtime.serve.service'
 command=("$root$venv/bin/python" -I -c 'from llava_deploy.cli import main; main(prog_name="llava-deploy")')
 root "${command[@]}" --version
 
@@ -234,19 +246,14 @@ EOF
 wrapper | write "$prefix/bin/llava-deploy" 755
 write "$prefix/uninstall.sh" 755 <"$here/uninstall.sh"
 before="$(readlink -- "$root$prefix/current" || true)"
-switch() { # a link is replaced in one step
-    root ln -sfn -- "$1" "$root$prefix/current.new"
-    root mv -fT -- "$root$prefix/current.new" "$root$prefix/current"
-}
 note link "$prefix/current"
 switch "venvs/$stamp"
-old=''
 if [[ -n $archive ]]; then
     note model "$model"
     if [[ -e $root$model ]]; then
+        note tree "${model%/*}/.$name.old"
+        root rm -rf -- "$root${model%/*}/.$name.old"
         old="${model%/*}/.$name.old"
-        note tree "$old"
-        root rm -rf -- "$root$old"
         root mv -T -- "$root$model" "$root$old"
     fi
     root mv -T -- "$root$incoming" "$root$model"

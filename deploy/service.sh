@@ -18,11 +18,9 @@ case $extras in
 esac
 printf 'u llava-deploy - "answers questions about pictures"\n' | write /etc/sysusers.d/llava-deploy.conf 644
 if [[ -n $archive && ! -e $root/etc/llava-deploy/$name.env ]]; then
-    folder /etc/llava-deploy
-    note config "/etc/llava-deploy/$name.env"
     # shellcheck disable=SC2016
     printf '# Of the service %s; see: llava-deploy serve --help\nLLAVA_DEPLOY_OPTIONS=\n' "$unit" |
-        root install -m 644 /dev/stdin "$root/etc/llava-deploy/$name.env"
+        write "/etc/llava-deploy/$name.env" 644 config
 fi
 if [[ -n $root ]]; then
     say "   The unit is written; in that system: systemd-sysusers, then systemctl enable $unit"
@@ -39,11 +37,7 @@ else
             say "error: $unit does not start; what it says: journalctl -u $unit -n 50" >&2
             if [[ -n $before ]]; then
                 say "   Back to what ran before" >&2
-                switch "$before"
-                if [[ -n $old ]]; then
-                    root rm -rf -- "$model"
-                    root mv -T -- "$old" "$model"
-                fi
+                back
                 root systemctl restart "$unit" || true
                 root rm -rf -- "$venv"
             fi

@@ -149,6 +149,25 @@ def test_what_fails_half_way_leaves_the_old_one(install: Callable[..., str], ins
     assert [*other.iterdir()] == []
 
 
+def test_what_fails_at_the_last_step_goes_back(
+    install: Callable[..., str], installed: Path, deploy_environment: dict[str, str]
+) -> None:
+    commands, aside = installed / "usr" / "local" / "bin", installed / "usr" / "local" / "aside"
+    current = (installed / "opt/llava-deploy/current").readlink()
+    models = installed / "var/lib/llava-deploy/models"
+    before = tree(models / "tiny")
+    commands.rename(aside)
+    commands.write_text("no folder to put a link into\n")
+    said = install(installed, code=1)
+    commands.unlink()
+    aside.rename(commands)
+    assert "What was there before is as it was, and works on." in said
+    assert (installed / "opt/llava-deploy/current").readlink() == current
+    assert [path.name for path in models.iterdir()] == ["tiny"]
+    assert tree(models / "tiny") == before
+    assert re.match(r"llava-deploy, version", run(program(installed), "--version", environment=deploy_environment))
+
+
 def test_a_second_run_takes_the_place_of_the_first(
     install: Callable[..., str], installed: Path, archive: Path, tmp_path: Path, deploy_environment: dict[str, str]
 ) -> None:
@@ -252,7 +271,7 @@ def test_what_a_machine_gets(
     """As far as the commands go: no machine with a GPU, and no Jetson, was at hand."""
     python, root = tmp_path / "python", tmp_path / "root"
     root.mkdir()
-    python.write_text(f'#!/bin/sh\n[ "$2" = "import tensorrt" ] || exec "{sys.executable}" "$@"\n')
+    python.write_text(f'#!/bin/sh\n[ "$3" = "import tensorrt" ] || exec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     options = ("--root", root, "--wheel", package, "--python", python, "--extras", extras, "--dry-run")
     said = run(DEPLOY / "install.sh", *options, environment=deploy_environment).replace("\\", "")
