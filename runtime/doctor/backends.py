@@ -105,7 +105,7 @@ def _tensorrt(backend: TensorRtBackend, host: Host, graphics: Graphics, packages
     if not packages.cuda_python.loads:
         reasons.append(_lacks("cuda-python", packages.cuda_python, (0, 0)))
         missing.append(f"pip install 'cuda-python=={cuda_major(graphics) or 12}.*'")
-    wants = max((each.cuda or 0 for each in (library, packages.cuda_python)), default=0)
+    wants = max((each.cuda for each in (library, packages.cuda_python) if each.cuda is not None), default=0)
     has = cuda_major(graphics)
     if library.installed and has is not None and wants > has:
         reasons.append(

@@ -262,7 +262,7 @@ def bundle_findings(reports: Iterable[BundleReport]) -> Iterator[Finding]:
             advice = report.next[0] if report.next else "see what each backend lacks"
             yield Finding("fault", f"{report.directory}: nothing here runs it as it is", advice)
         elif all(backend.fits is False for backend in running):
-            most = max(backend.largest_len or 0 for backend in running)
+            most = max((backend.largest_len for backend in running if backend.largest_len is not None), default=0)
             shorter = f"llava-deploy chat {_quoted(Path(report.directory))} --max-len {most}"
             advice = shorter if most else "stop what else runs"
             words = f"no more than {most} tokens of context" if most else "not even one token of context"

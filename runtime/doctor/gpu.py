@@ -204,7 +204,7 @@ def _gpu(device: Mapping[str, Any] | None, row: Mapping[str, str] | None) -> Gpu
         "mig": known.get(said.get("mig.mode.current", "")),
         "celsius": None if heat is None else int(heat),
         "slowed": tuple(dict.fromkeys(words for bit, words in _SLOWED.items() if bits & bit)),
-        "others": (int(others or 0), int(used or 0) * _MIB),
+        "others": (0, 0) if others is None or used is None else (int(others), int(used) * _MIB),
     }
     if device is None:
         return Gpu(
