@@ -64,11 +64,14 @@ def test_same_checkpoint_same_bytes(demo_checkpoint: Path, tmp_path: Path, preci
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
-def test_graphs_are_the_specs(demo_bundle: Path) -> None:
+def test_graphs_are_the_specs(demo_bundle: Path, tmp_path: Path) -> None:
     """The files say what the contract says, name by name, and nothing but standard operators is in them."""
-    manifest = read_manifest(demo_bundle)
+    bundle = shutil.copytree(
+        demo_bundle, tmp_path / "bundle"
+    )  # onnx's checker takes no files that others have links to
+    manifest = read_manifest(bundle)
     for name, spec in (("vision", manifest.vision.spec()), ("decoder", manifest.decoder.spec())):
-        path = demo_bundle / f"{name}.onnx"
+        path = bundle / f"{name}.onnx"
         onnx.checker.check_model(str(path), full_check=True)
         graph = onnx.load(path, load_external_data=False)
         assert [(o.domain, o.version) for o in graph.opset_import] == [("", 24)]

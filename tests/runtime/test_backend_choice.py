@@ -281,7 +281,7 @@ def test_onnx_runtime_is_not_needed_where_tensorrt_runs(
     def absent() -> None:
         raise LlavaDeployError("nobody needs it")
 
-    monkeypatch.setattr(onnxruntime_backend, "_import", absent)
+    monkeypatch.setattr(onnxruntime_backend, "import_onnxruntime", absent)
     assert isinstance(chosen(bundle), TensorRtChoice)
 
 
