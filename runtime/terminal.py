@@ -73,7 +73,7 @@ def progress(what: str, *, quiet: bool) -> Iterator[Step]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def size(count: int) -> str:
+def size(count: float) -> str:
     """Bytes for people: ``9.9 MB``."""
     value = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):

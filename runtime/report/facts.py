@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from llava_deploy.runtime.report.record import BundleRecord, Card, Record
 from llava_deploy.runtime.report.tables import Table
-from llava_deploy.runtime.report.units import count, seconds, size, three
+from llava_deploy.runtime.report.units import count, seconds, three
+from llava_deploy.runtime.terminal import size
 from llava_deploy.runtime.terminal_eval import quantization_words
 
 _BANDWIDTHS_APART = 1.2

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from llava_deploy.runtime.report.record import BundleRecord, Walk
 from llava_deploy.runtime.report.timed import PARTS, Timed, middle_round
-from llava_deploy.runtime.report.units import count, milliseconds, seconds, share, size, three
+from llava_deploy.runtime.report.units import count, milliseconds, seconds, share, three
 from llava_deploy.runtime.report.verdict import peak_bytes
+from llava_deploy.runtime.terminal import size
 
 Text = tuple[str, str, str]
 """Title, description and caption."""

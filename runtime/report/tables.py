@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from llava_deploy.runtime.bench.report import Decode
 from llava_deploy.runtime.report.record import BundleRecord, Record
 from llava_deploy.runtime.report.timed import PARTS, timed_of
-from llava_deploy.runtime.report.units import count, milliseconds, seconds, share, signed_points, size, spread, three
+from llava_deploy.runtime.report.units import count, milliseconds, seconds, share, signed_points, spread, three
 from llava_deploy.runtime.report.verdict import device_peak, peak_bytes
+from llava_deploy.runtime.terminal import size
 
 NOTHING = "not measured"
 

@@ -5,16 +5,6 @@ from __future__ import annotations
 from llava_deploy.runtime.bench.report import Samples
 
 
-def size(count: float) -> str:
-    """Bytes: ``9.9 MB``."""
-    value = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(value) < 1000:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
 def seconds(value: float) -> str:
     """A time: ``84 ms``, ``3.2 s``, ``4 min 12 s``."""
     if value < 1:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 from llava_deploy.runtime.report.record import Accuracy, Card, Check, Tested, Verdict, Walk
-from llava_deploy.runtime.report.units import points, share, signed_points, size
+from llava_deploy.runtime.report.units import points, share, signed_points
+from llava_deploy.runtime.terminal import size
 
 ACCURACY_LOSS = 0.01
 """Share of the answers that a bundle may lose against the first."""

@@ -40,14 +40,18 @@ def claimed(path: Path) -> Iterator[None]:
     The lock is a file beside the socket, gone when its owner ends. One that a killed process has left is nobody's.
 
     Raises:
-        InputError: a path that no socket can have, in a directory that is not there, or of something else.
+        InputError: a path that no socket can have, in a directory that is not there or may not be written, or of
+            something else.
         LlavaDeployError: another process serves there.
     """
     _require_usable(path)
     name = path.with_name(f"{path.name}.lock")
     busy = LlavaDeployError(f"{path}: another process serves here; stop it, or name another --socket")
     while True:
-        lock = os.open(name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            lock = os.open(name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise InputError(f"{name}: cannot be made ({error.strerror}); name another --socket") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -156,6 +156,7 @@ def test_paths_that_no_socket_can_have(folder: Path) -> None:
         (file, "something else is there"),
         (folder / "no" / "s", "no such directory"),
         (folder / ("s" * 108), "107"),
+        (Path("/proc/s"), "/proc/s.lock: cannot be made"),
     )
     for path, message in cases:
         with pytest.raises(InputError, match=message), claimed(path):
