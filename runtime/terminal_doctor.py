@@ -8,11 +8,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from llava_deploy.engines.host_memory import HostMemory
 from llava_deploy.runtime.doctor.bundles import BundleBackend, BundleReport
 from llava_deploy.runtime.doctor.diagnosis import Diagnosis
 from llava_deploy.runtime.doctor.findings import Level
 from llava_deploy.runtime.doctor.gpu import Gpu
-from llava_deploy.runtime.doctor.host import HostMemory
 from llava_deploy.runtime.doctor.packages import Library
 from llava_deploy.runtime.terminal import facts, size
 

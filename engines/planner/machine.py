@@ -7,9 +7,11 @@ import re
 import subprocess
 from pathlib import Path
 
+from llava_deploy.engines.host_memory import host_memory
 from llava_deploy.engines.planner.boards import BOARDS, Board
 
-_MEMINFO = Path("/proc/meminfo")
+_ROOT = Path("/")
+_MEMINFO = "/proc/meminfo"
 _MODEL = Path("/proc/device-tree/model")
 _QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits")
 _PATIENCE = 5  # seconds
@@ -17,8 +19,8 @@ _MIB = 1 << 20
 
 
 def available_memory() -> int | None:
-    """Bytes that a new process can have without others losing theirs; ``None`` where the system does not say."""
-    return _meminfo("MemAvailable")
+    """Bytes that a new process can have; see :attr:`~llava_deploy.engines.host_memory.HostMemory.available`."""
+    return host_memory(_ROOT).available
 
 
 def this_machine() -> Board:
@@ -52,7 +54,7 @@ def _jetson() -> Board | None:
     if not _MODEL.is_file():
         return None
     model = _MODEL.read_text(encoding="utf-8", errors="replace").strip("\0 \n")
-    total = _meminfo("MemTotal")
+    total = host_memory(_ROOT).total
     if "Jetson" not in model or total is None:
         return None
     family = next((kind for kind in ("Orin Nano", "Orin NX", "AGX Orin", "Thor") if kind in model), None)
@@ -78,13 +80,3 @@ def _gpu() -> tuple[str, int | None, str] | None:
 def _card_named(name: str) -> Board | None:
     """The card that nvidia-smi calls so."""
     return next((b for b in BOARDS.values() if b.title.partition(" (")[0] == name.removeprefix("NVIDIA ")), None)
-
-
-def _meminfo(key: str) -> int | None:
-    if not _MEMINFO.is_file():
-        return None
-    for line in _MEMINFO.read_text(encoding="utf-8").splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) * 1024
-    return None

@@ -8,14 +8,14 @@ import platform
 import re
 from pathlib import Path
 
+from llava_deploy.engines.host_memory import host_memory
 from llava_deploy.engines.names import Backend
-from llava_deploy.engines.processor import CPUINFO, count_physical_cores, processor_name, read_fields
+from llava_deploy.engines.processor import CPUINFO, count_physical_cores, processor_name
 from llava_deploy.engines.tensorrt_module import TensorRtBackend, import_tensorrt
 from llava_deploy.runtime.bench.report import Machine
 from llava_deploy.runtime.onnxruntime_backend import onnxruntime_version
 
 _CPUINFO = CPUINFO
-_MEMINFO = Path("/proc/meminfo")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _PACKAGES = ("llava-deploy", "numpy", "tokenizers", "pillow")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "": 1}
@@ -24,13 +24,12 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "": 1}
 def this_machine(gpu: str | None) -> Machine:
     """The machine, and the GPU that runs the model, where one does."""
     name = processor_name(_CPUINFO)
-    memory = [int(value.split()[0]) * 1024 for key, value in read_fields(_MEMINFO) if key == "MemTotal"]
     return Machine(
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
         cpu=platform.processor() or "unknown" if name is None else name,
         logical_cpus=len(os.sched_getaffinity(0)),
         physical_cores=physical_cores(),
-        memory=next(iter(memory), None),
+        memory=host_memory().total,
         last_level_cache=_last_level_cache(),
         gpu=gpu,
     )

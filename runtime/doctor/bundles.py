@@ -15,6 +15,7 @@ from typing import Literal, Protocol, get_args
 from llava_deploy.engines.engine_manifest import read_engine_manifest, source_digest
 from llava_deploy.engines.errors import BundleError, LlavaDeployError
 from llava_deploy.engines.goldens import has_goldens
+from llava_deploy.engines.host_memory import HostMemory
 from llava_deploy.engines.integrity import Integrity
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH
 from llava_deploy.engines.names import Backend
@@ -24,7 +25,6 @@ from llava_deploy.runtime.bundle import Bundle, open_bundle
 from llava_deploy.runtime.doctor.backends import BackendVerdict
 from llava_deploy.runtime.doctor.findings import Finding
 from llava_deploy.runtime.doctor.gpu import Gpu, Graphics
-from llava_deploy.runtime.doctor.host import HostMemory
 from llava_deploy.runtime.doctor.packages import Packages
 from llava_deploy.runtime.tensorrt.plans import misfit
 from llava_deploy.runtime.tensorrt_choice import engine_directories

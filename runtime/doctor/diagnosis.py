@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_deploy.engines.host_memory import HostMemory, host_memory
 from llava_deploy.runtime.doctor.backends import BackendVerdict, judge_backends
 from llava_deploy.runtime.doctor.bundles import BundleReport, Here, Planner, bundle_findings, look_at_bundle
 from llava_deploy.runtime.doctor.findings import LEVELS, Finding, host_findings, package_findings, power_findings
 from llava_deploy.runtime.doctor.gpu import Graphics, look_at_graphics
 from llava_deploy.runtime.doctor.gpu_findings import gpu_findings, tensorrt_findings
-from llava_deploy.runtime.doctor.host import Host, HostMemory, Power, look_at_host, look_at_memory, look_at_power
+from llava_deploy.runtime.doctor.host import Host, Power, look_at_host, look_at_power
 from llava_deploy.runtime.doctor.packages import Packages, look_at_packages
 from llava_deploy.runtime.doctor.system import System
 
@@ -69,7 +70,7 @@ def examine(system: System, bundles: Sequence[Path], planner: Planner) -> Diagno
         bundles: directories.
         planner: says whether a bundle fits.
     """
-    host, memory, power = look_at_host(system), look_at_memory(system), look_at_power(system)
+    host, memory, power = look_at_host(system), host_memory(system.root), look_at_power(system)
     graphics, packages = look_at_graphics(system), look_at_packages(system)
     disk = system.disk(bundles[0] if bundles else Path.cwd())
     verdicts = judge_backends(host, graphics, packages)

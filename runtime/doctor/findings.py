@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from llava_deploy.engines.host_memory import HostMemory
 from llava_deploy.engines.tensorrt_module import SPOKEN
 from llava_deploy.runtime.doctor.backends import INSTALL_CPU, BackendVerdict
-from llava_deploy.runtime.doctor.host import Host, HostMemory, Power
+from llava_deploy.runtime.doctor.host import Host, Power
 from llava_deploy.runtime.doctor.packages import Library, Packages
 
 Level = Literal["fault", "warning", "hint", "ok"]

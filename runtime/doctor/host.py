@@ -1,27 +1,23 @@
-"""The machine without its GPU: system, processor, memory, power mode, heat. What cannot be had is ``None``.
+"""The machine without its GPU: system, processor, power mode, heat. What cannot be had is ``None``.
 
 Sources: NVIDIA's Jetson Linux Developer Guide, "Platform Power and Performance", for ``nvpmodel``, ``jetson_clocks``
-and the counters of over-current events; Linux's ``admin-guide/cgroup-v2.rst`` and ``driver-api/thermal``.
+and the counters of over-current events; Linux's ``driver-api/thermal``.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from llava_deploy.engines.processor import (
     count_physical_cores,
     has_int8_products,
     processor_name,
-    read_fields,
     vector_extensions,
 )
 from llava_deploy.runtime.doctor.system import System
 
-_CPUINFO, _MEMINFO = "/proc/cpuinfo", "/proc/meminfo"
-_NO_LIMIT = 1 << 60  # bytes: what version 1 of control groups says where there is none is about 2 ** 63
-_CGROUP = "/sys/fs/cgroup"
+_CPUINFO = "/proc/cpuinfo"
 
 
 @dataclass(frozen=True)
@@ -60,25 +56,6 @@ class Host:
     def is_jetson(self) -> bool:
         """Whether it is one of NVIDIA's boards with L4T."""
         return self.l4t is not None or (self.board is not None and "Jetson" in self.board)
-
-
-@dataclass(frozen=True)
-class HostMemory:
-    """Bytes.
-
-    Attributes:
-        total: of the machine.
-        available: to a new process without others losing theirs, within the control group's limit.
-        swap: that is free, of all swap.
-        swap_total: all of it.
-        limit: of the control group, where that is less than the machine has.
-    """
-
-    total: int | None
-    available: int | None
-    swap: int | None
-    swap_total: int | None
-    limit: int | None
 
 
 @dataclass(frozen=True)
@@ -149,45 +126,6 @@ def _jetpack(system: System) -> str | None:
         return None
     ran = system.run_first(("dpkg-query",), "-W", "-f", "${Version}", "nvidia-jetpack")
     return ran.text.strip() if ran.code == 0 and re.match(r"\d", ran.text.strip()) else None
-
-
-def look_at_memory(system: System) -> HostMemory:
-    """How much memory there is, and is to be had."""
-    known = {}
-    for name, value in read_fields(system.path(_MEMINFO)):
-        number = value.partition(" ")[0]
-        if number.isdecimal():
-            known[name] = int(number) * 1024
-    total, available = known.get("MemTotal"), known.get("MemAvailable")
-    limits = _limits(system)
-    limit = min((most for most, _ in limits), default=None)
-    left = min((most - used for most, used in limits), default=None)
-    if limit is not None and total is not None and limit >= total:
-        limit = None
-    if left is not None and available is not None:
-        available = max(0, min(available, left))
-    return HostMemory(total, available, known.get("SwapFree"), known.get("SwapTotal"), limit)
-
-
-def _limits(system: System) -> list[tuple[int, int]]:
-    """Limits of the control groups that this process is in, each with what is used of it and cannot be taken back."""
-    directories = [_CGROUP, f"{_CGROUP}/memory"]  # in a container its own group is the root
-    for line in (system.read("/proc/self/cgroup") or "").splitlines():
-        number, controllers, path = (*line.split(":", 2), "", "")[:3]
-        base = f"{_CGROUP}/memory" if "memory" in controllers.split(",") else _CGROUP
-        if path.startswith("/") and ".." not in path and (number == "0" or base != _CGROUP):
-            place = PurePosixPath(path)
-            directories += [f"{base}{each}" for each in (place, *place.parents) if str(each) != "/"]
-    found = []
-    for directory in dict.fromkeys(directories):
-        for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            limit = system.number(f"{directory}/{most}")
-            if limit is not None and 0 < limit < _NO_LIMIT:
-                stat = system.read(f"{directory}/memory.stat") or ""
-                files = re.search(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
-                cached = int(files[1]) if files else 0
-                found.append((limit, max(0, (system.number(f"{directory}/{used}") or 0) - cached)))
-    return found
 
 
 def look_at_power(system: System) -> Power:

@@ -9,12 +9,10 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
+from llava_deploy.engines.processor import read_fields
 from llava_deploy.runtime.report.record import MemorySample
 
 _STATUS = Path("/proc/self/status")
-_MEMINFO = Path("/proc/meminfo")
-_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_USED = Path("/sys/fs/cgroup/memory.current")
 _INTERVAL = 0.004  # seconds between two looks
 _FIELDS = ("RssAnon", "RssFile", "VmSwap")
 
@@ -53,15 +51,6 @@ def memory_trace(device_used: Callable[[], int] | None) -> Iterator[list[MemoryS
     look()
 
 
-def available_memory() -> int | None:
-    """Bytes that a process could have: what is free or easily freed, within what a container allows."""
-    free = _kilobytes(_MEMINFO, ("MemAvailable",))
-    if free is None:
-        return None
-    limit, used = _whole(_LIMIT), _whole(_USED)
-    return free[0] if limit is None or used is None else max(0, min(free[0], limit - used))
-
-
 def thinned(samples: Sequence[MemorySample], most: int) -> list[MemorySample]:
     """No more than so many: of neighbours the one with the most memory, and always the first and the last."""
     if len(samples) <= most:
@@ -77,23 +66,6 @@ def _weight(sample: MemorySample) -> int:
 
 
 def _sizes() -> tuple[int, int, int] | None:
-    found = _kilobytes(_STATUS, _FIELDS)
-    return None if found is None else (found[0], found[1], found[2])
-
-
-def _kilobytes(path: Path, names: Sequence[str]) -> list[int] | None:
-    """Fields of one of the kernel's files, in bytes; ``None`` where one is not there."""
-    if not path.is_file():
-        return None
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        name, _, value = line.partition(":")
-        if name in names:
-            found[name] = int(value.split()[0]) * 1024
-    return [found[name] for name in names] if found.keys() >= {*names} else None
-
-
-def _whole(path: Path) -> int | None:
-    """The number in a file; ``None`` where there is no such file, or ``max`` in it."""
-    text = path.read_text(encoding="ascii").strip() if path.is_file() else ""
-    return int(text) if text.isdigit() else None
+    """The fields in bytes; ``None`` where one is not there."""
+    found = {name: int(value.split()[0]) * 1024 for name, value in read_fields(_STATUS) if name in _FIELDS}
+    return (found["RssAnon"], found["RssFile"], found["VmSwap"]) if found.keys() >= {*_FIELDS} else None

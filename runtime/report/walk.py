@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_deploy.engines.errors import LlavaDeployError, OptionError
+from llava_deploy.engines.host_memory import host_memory
 from llava_deploy.engines.names import Backend
 from llava_deploy.engines.plain import from_plain
 from llava_deploy.runtime.backend_choice import Wanted
@@ -23,7 +24,7 @@ from llava_deploy.runtime.bench.device import open_device, used_bytes
 from llava_deploy.runtime.bench.options import BenchOptions, fitting
 from llava_deploy.runtime.bench.prompts import Prompts
 from llava_deploy.runtime.bench.sessions import Loaded, load
-from llava_deploy.runtime.report.memory_trace import available_memory, memory_trace, thinned
+from llava_deploy.runtime.report.memory_trace import memory_trace, thinned
 from llava_deploy.runtime.report.record import MemorySample
 
 SAMPLES = 240
@@ -86,7 +87,7 @@ def walk(way: Way) -> Walked:
         began[name] = time.monotonic()
         _say({"phase": name})
 
-    directory, available = Path(way.directory), available_memory()
+    directory, available = Path(way.directory), host_memory().available
     device = open_device(directory, way.backend)
     free = None if device is None else device.memory()[0]
     phase("idle")

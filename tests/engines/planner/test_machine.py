@@ -18,8 +18,9 @@ MEMINFO = "MemTotal:       {total} kB\nMemFree:        1000000 kB\nMemAvailable:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of 8 GB, of which 6 are to be had, without a GPU; ``bin`` is where programs are."""
     (tmp_path / "bin").mkdir()
-    (tmp_path / "meminfo").write_text(MEMINFO.format(total=7_800_000, available=6_000_000), encoding="utf-8")
-    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text(MEMINFO.format(total=7_800_000, available=6_000_000), encoding="utf-8")
+    monkeypatch.setattr(machine, "_ROOT", tmp_path)
     monkeypatch.setattr(machine, "_MODEL", tmp_path / "model")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin")
     return tmp_path
@@ -33,7 +34,7 @@ def nvidia_smi(place: Path, *lines: str, code: int = 0) -> None:
 
 def test_available_memory_is_what_the_system_says(place: Path) -> None:
     assert machine.available_memory() == 6_000_000 * 1024
-    (place / "meminfo").unlink()
+    (place / "proc" / "meminfo").unlink()
     assert machine.available_memory() is None
 
 
@@ -76,7 +77,7 @@ def test_where_nvidia_smi_knows_no_memory_it_is_the_hosts(place: Path) -> None:
 )
 def test_a_jetson_is_known_by_its_device_tree(place: Path, model: str, total: int, name: str) -> None:
     (place / "model").write_text(f"{model}\0", encoding="utf-8")
-    (place / "meminfo").write_text(MEMINFO.format(total=total, available=total // 2), encoding="utf-8")
+    (place / "proc" / "meminfo").write_text(MEMINFO.format(total=total, available=total // 2), encoding="utf-8")
     board, known = machine.this_machine(), find_board(name)
     assert (board.capability, board.tensorrt, board.bandwidth) == (known.capability, known.tensorrt, known.bandwidth)
     assert (board.is_unified, board.memory) == (True, total // 2 * 1024)

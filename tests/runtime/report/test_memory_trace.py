@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llava_deploy.runtime.report import memory_trace as module
-from llava_deploy.runtime.report.memory_trace import available_memory, memory_trace, thinned
+from llava_deploy.runtime.report.memory_trace import memory_trace, thinned
 from llava_deploy.runtime.report.record import MemorySample
 
 
@@ -38,25 +38,9 @@ def test_a_gpu_counts_over_what_was_in_use_before() -> None:
 
 def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "_STATUS", tmp_path / "status")
-    monkeypatch.setattr(module, "_MEMINFO", tmp_path / "meminfo")
     with memory_trace(None) as samples:
         time.sleep(0.01)
     assert samples == []
-    assert available_memory() is None
-
-
-def test_a_container_bounds_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("meminfo", "limit", "used"):
-        monkeypatch.setattr(module, f"_{name.upper()}", tmp_path / name)
-    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 4000 kB\n", encoding="utf-8")
-    assert available_memory() == 4000 * 1024
-    (tmp_path / "used").write_text("1024\n", encoding="utf-8")
-    (tmp_path / "limit").write_text("max\n", encoding="utf-8")
-    assert available_memory() == 4000 * 1024
-    (tmp_path / "limit").write_text("5120\n", encoding="utf-8")
-    assert available_memory() == 4096
-    (tmp_path / "used").write_text("9999\n", encoding="utf-8")
-    assert available_memory() == 0
 
 
 def test_thinned_traces_keep_their_ends_and_peaks() -> None:
