@@ -58,6 +58,7 @@ from llava_deploy.runtime.command_plan import PlanRequest, plan_options
 from llava_deploy.runtime.command_report import ReportRequest, report_options, run_report
 from llava_deploy.runtime.command_selftest import SelftestRequest, run_selftest, selftest_options
 from llava_deploy.runtime.command_serve import serve
+from llava_deploy.runtime.printable import as_argument
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -218,7 +219,7 @@ def export(
     total = terminal.size(sum(entry.size for entry in manifest.files))
     say(f"{manifest.model.parameters:,} parameters in {precision}, {total}, in {watch}")
     say_unused(checkpoint)
-    say(f"next: {PROGRAM} build {output} --backend onnxruntime")
+    say(f"next: {PROGRAM} build {as_argument(output)} --backend onnxruntime")
     click.echo(output)
 
 
@@ -291,7 +292,7 @@ def build(
                 bundle, options, replace=force, on_progress=lambda at: step(at.done, at.total), on_warning=say
             )
     say(f"ready for {backend} in {watch}")
-    say(f"next: {PROGRAM} chat {bundle} --image PICTURE")
+    say(f"next: {PROGRAM} chat {as_argument(bundle)} --image PICTURE")
     click.echo(engine)
 
 

@@ -11,6 +11,7 @@ import click
 from llava_deploy.exporter.command_source import Source, say_unused, source_options
 from llava_deploy.runtime.command_group import PROGRAM, examples, quiet, say
 from llava_deploy.runtime.command_options import PATH
+from llava_deploy.runtime.printable import as_argument
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,7 +50,7 @@ def record(source: Source, bundle: Path, device: str) -> None:
         manifest = record_into(checkpoint, bundle, RecordOptions(device), on_progress=step, on_note=say)
     say(f"{_what(entry for entry in manifest.files if is_golden(entry.path))}, in {watch}")
     say_unused(checkpoint)
-    say(f"next: {PROGRAM} build {bundle} --backend onnxruntime")
+    say(f"next: {PROGRAM} build {as_argument(bundle)} --backend onnxruntime")
     click.echo(bundle)
 
 

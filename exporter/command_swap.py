@@ -19,6 +19,7 @@ from llava_deploy.exporter.command_source import (
 )
 from llava_deploy.runtime.command_group import PROGRAM, examples, options_as_one, quiet, say
 from llava_deploy.runtime.command_options import PATH
+from llava_deploy.runtime.printable import as_argument
 
 _from_options = options_as_one(
     "source",
@@ -82,5 +83,5 @@ def swap(bundle: Path, source: Source, part: SwapPart, without_goldens: bool, de
         say(note)
     say(f"{part} of {source.directory} in {watch}")
     say_unused(checkpoint)
-    say(f"next: {PROGRAM} selftest {bundle}")
+    say(f"next: {PROGRAM} selftest {as_argument(bundle)}")
     click.echo(bundle)

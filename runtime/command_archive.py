@@ -9,6 +9,7 @@ import click
 
 from llava_deploy.runtime.command_group import PROGRAM, examples, quiet, say
 from llava_deploy.runtime.command_options import PATH
+from llava_deploy.runtime.printable import as_argument
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +48,8 @@ def pack(
     if not engines and (left := engine_names(bundle)):
         say(f"without {', '.join(left)}: an engine is for one version and device; --engine takes it along")
     say(f"{_sizes(packed)}, in {watch}")
-    say(f"next: take it there, then: {PROGRAM} unpack {output.name} -o {bundle.resolve().name}")
+    name = as_argument(Path(bundle.resolve().name))
+    say(f"next: take it there, then: {PROGRAM} unpack {as_argument(Path(output.name))} -o {name}")
     click.echo(output)
 
 
@@ -69,7 +71,7 @@ def unpack(archive: Path, output: Path, force: bool) -> None:
     with terminal.progress("unpacking", quiet=quiet()) as step:
         manifest = write(archive, output, replace=force, on_progress=step)
     say(f"{manifest.model.name} in {manifest.model.precision}, every file as it was packed, in {watch}")
-    say(f"next: {PROGRAM} {'selftest' if has_goldens(manifest) else 'inspect'} {output}")
+    say(f"next: {PROGRAM} {'selftest' if has_goldens(manifest) else 'inspect'} {as_argument(output)}")
     click.echo(output)
 
 

@@ -10,12 +10,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from llava_deploy.engines.errors import InputError, LlavaDeployError, OptionError
+from llava_deploy.runtime.printable import ESCAPES, printable, register_escapes
 
 PROGRAM = "llava-deploy"
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -47,7 +49,7 @@ def _one_line_errors(context: click.Context) -> Iterator[None]:
 
 
 def _report(message: str) -> None:
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {printable(message)}", err=True)
 
 
 def refuse_given(reason: str, *names: str) -> None:
@@ -92,9 +94,11 @@ class CommandLine(click.Group):
         """Parse the command's arguments and run it."""
         if os.environ.get("NO_COLOR"):
             ctx.color = False  # https://no-color.org; Rich knows it by itself
+        _open_closed_streams()
+        register_escapes()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to fail
+                stream.reconfigure(errors=ESCAPES)  # what a terminal cannot show is no reason to fail
         with _one_line_errors(ctx):
             result = super().invoke(ctx)
             sys.stdout.flush()  # a closed pipe shows here, not while Python shuts down
@@ -104,7 +108,7 @@ class CommandLine(click.Group):
 def say(text: str) -> None:
     """A line for people, on standard error."""
     if not quiet():
-        click.secho(text, err=True, dim=True)
+        click.secho(printable(_line(text)), err=True, dim=True)
 
 
 def quiet() -> bool:
@@ -130,11 +134,33 @@ def failure(error: Exception) -> tuple[str, int]:
             )
     if isinstance(error, MemoryError):
         return "the machine has too little memory for this; try a smaller --max-len or --batch, or fp16", 1
+    if isinstance(error, FileNotFoundError) and error.filename is None and not _has_directory():
+        return "the directory that this was called in is gone; change to one that is there", 1
     if isinstance(error, OSError) and error.strerror is not None:
         where = "" if error.filename is None else f"{error.filename}: "
         return _line(f"{where}{error.strerror}"), 1
     what = _line(f"{type(error).__name__}: {error}")
     return f"{what} (a bug in llava-deploy: run it again with --debug, and report what that prints)", 1
+
+
+def _has_directory() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _open_closed_streams() -> None:
+    """Put the null device where the caller has closed a standard stream, or a file of ours would get its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
 
 
 def _flag(name: str) -> str:

@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +21,7 @@ from rich.text import Text
 from llava_deploy.engines.engine_manifest import built_engines
 from llava_deploy.engines.goldens import has_goldens
 from llava_deploy.engines.manifest import Manifest
+from llava_deploy.runtime.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,9 +33,17 @@ Step = Callable[[int, int], None]
 """Tells a progress bar how much is done, and of how much."""
 
 
+class _Console(Console):
+    """A console whose texts have no commands for the terminal in them; Rich itself lets ESC through."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
 def out() -> Console:
     """Standard output; where it is not a terminal, lines are as wide as they want to be."""
-    console = Console(highlight=False)
+    console = _Console(highlight=False)
     if not console.is_terminal:
         console.width = 200
     return console
@@ -42,7 +53,7 @@ def show(value: RenderableType | Mapping[str, Any]) -> None:
     """On standard output: tables for people, a mapping as JSON."""
     console = out()
     if isinstance(value, Mapping):
-        console.file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        console.file.write(printable_json(json.dumps(value, indent=1, ensure_ascii=False)) + "\n")
     elif console.is_terminal:
         console.print(value, crop=False)
     else:
@@ -95,7 +106,9 @@ def seconds(value: float) -> str:
 
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     """Names with their values, under a title."""
-    table = Table(box=None, show_header=False, title=title, title_justify="left", title_style="bold", padding=(0, 2))
+    table = Table(
+        box=None, show_header=False, title=escape(title), title_justify="left", title_style="bold", padding=(0, 2)
+    )
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:

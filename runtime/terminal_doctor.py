@@ -129,12 +129,16 @@ def _backends(diagnosis: Diagnosis) -> Table:
 
 
 def _bundle(report: BundleReport) -> RenderableType:
-    title = escape(f"Bundle {report.directory}")
+    title = f"Bundle {report.directory}"
     if report.trouble:
         return facts(title, [("cannot be used", report.trouble)])
     goldens = "goldens for the self-test" if report.goldens else "no goldens"
     table = _table(
-        f"{title}: {report.model}, {size(report.size)}, {goldens}", "backend", "state", "with, or why not", "fits"
+        escape(f"{title}: {report.model}, {size(report.size)}, {goldens}"),
+        "backend",
+        "state",
+        "with, or why not",
+        "fits",
     )
     styles = {"runs": "green", "build first": "cyan", "cannot": "yellow"}
     for backend in report.backends:

@@ -208,6 +208,11 @@ def planned_bundle(bundle: Path, manifest: Manifest) -> PlannedModel:
     Raises:
         BundleError: a graph is missing, or holds not what a graph of ours does.
     """
+    if manifest.left_out:
+        raise BundleError(
+            f"{bundle}: was packed without its graphs, whose weights are what is counted here; give the bundle that it "
+            "was packed from"
+        )
     vision = [t for t in read_initializers(bundle / manifest.entry(VISION_GRAPH).path) if t.values]
     decoder = [t for t in read_initializers(bundle / manifest.entry(DECODER_GRAPH).path) if t.values]
     tied = [t for t in decoder if t.name == EMBED_TOKENS]

@@ -96,7 +96,8 @@ def choose_prompts(checkpoint: Checkpoint, forms: Sequence[Sequence[Question]], 
     if not prompts:
         raise LlavaDeployError(
             f"{checkpoint.directory}: no golden can be recorded, since the model takes none of the questions: "
-            f"{'; '.join(left_out)}; choose a built-in format with --conversation NAME at export"
+            f"{'; '.join(left_out)}; choose a built-in format with --conversation NAME at export, or "
+            "export without --goldens"
         )
     dated = "strftime_now" in (checkpoint.chat.template or "")
     return Chosen(tuple(prompts), tuple(left_out), tuple(simplified), dated)

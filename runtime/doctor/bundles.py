@@ -6,7 +6,6 @@ Nothing is loaded: engines are judged by their manifests, which are held against
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from llava_deploy.runtime.doctor.backends import BackendVerdict
 from llava_deploy.runtime.doctor.findings import Finding
 from llava_deploy.runtime.doctor.gpu import Gpu, Graphics
 from llava_deploy.runtime.doctor.packages import Packages
+from llava_deploy.runtime.printable import as_argument
 from llava_deploy.runtime.tensorrt.plans import misfit
 from llava_deploy.runtime.tensorrt_choice import engine_directories
 
@@ -173,7 +173,7 @@ def look_at_bundle(directory: Path, here: Here, planner: Planner) -> BundleRepor
 
 
 def _quoted(directory: Path) -> str:
-    return shlex.quote(str(directory))
+    return as_argument(directory)
 
 
 def _next(directory: Path, backends: tuple[BundleBackend, ...], *, goldens: bool) -> tuple[str, ...]:

@@ -22,11 +22,14 @@ from llava_deploy.runtime.terminal_run import gathered
 Message = dict[str, Any]
 FAILURES_IN_A_ROW = 3
 """Answers that the backend may fail one after the other; a GPU that has lost its context fails them all."""
+_LONGEST = 2000
+"""Characters of an error; it may quote what was asked."""
 
 
 def failure(text: str, code: str) -> Message:
     """What a client is sent instead of an answer."""
-    return {"error": " ".join(text.split()), "code": code}
+    line = " ".join(text.split())
+    return {"error": line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…", "code": code}
 
 
 class Job:

@@ -21,7 +21,7 @@ from llava_deploy.engines.errors import InputError, LlavaDeployError
 _LONGEST_PATH = 107
 """Bytes: what sockaddr_un has room for, unix(7)."""
 _CHUNK = 1 << 16
-_WAITING = 16
+_WAITING = 128
 """Connections that the kernel keeps until they are taken."""
 
 

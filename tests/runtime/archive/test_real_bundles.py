@@ -15,6 +15,7 @@ from llava_deploy.engines.goldens import GOLDENS_FILE, read_goldens
 from llava_deploy.engines.integrity import Integrity
 from llava_deploy.engines.manifest import MANIFEST_NAME, describe_file, read_manifest
 from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
+from llava_deploy.engines.planner.model import planned_bundle
 from llava_deploy.exporter.demo.questions import drawn_picture
 from llava_deploy.runtime import Llava
 from llava_deploy.runtime.archive.contents import PackOptions
@@ -67,6 +68,14 @@ def test_there_and_back_and_an_answer(options: PackOptions, bundle: Path, tmp_pa
     assert bool([path for path in found if path.startswith("engines/")]) == bool(options.engines)
     assert read_goldens(tmp_path / "again", manifest) == GOLDENS
     assert answer_of(tmp_path / "again") == answer_of(bundle)
+
+
+def test_without_graphs_there_is_nothing_to_count(bundle: Path, tmp_path: Path) -> None:
+    pack(bundle, tmp_path / "model.lvd", PackOptions(engines=("all",), graphs=False))
+    unpacked = tmp_path / "unpacked"
+    manifest = unpack(tmp_path / "model.lvd", unpacked)
+    with pytest.raises(BundleError, match=f"^{unpacked}: was packed without its graphs.*give the bundle"):
+        planned_bundle(unpacked, manifest)
 
 
 def test_without_graphs_and_without_a_fitting_engine(bundle: Path, tmp_path: Path) -> None:

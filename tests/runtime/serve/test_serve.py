@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import signal
 import socket
 import stat
 import threading
@@ -110,6 +111,8 @@ BAD = [
     ({"prompt": "x", "max_new_tokens": 41}, "max_new_tokens: want a whole number from 1 to 40, got 41"),
     ({"prompt": "x", "max_new_tokens": True}, "max_new_tokens: want a whole number"),
     ({"prompt": "x", "top_p": "1"}, "top_p: want a number"),
+    ({"prompt": "x", "temperature": 10**400}, "temperature: want a number"),
+    ({"prompt": "x", "top_k": "y" * 100_000}, "yyy…"),
     ({"prompt": "x", "stream": 1}, "stream: want true or false"),
     ({"prompt": "x", "stop": "###"}, "stop: want a list of texts"),
     ({"prompt": "x", "stop": ["a"] * 17}, "stop: want at most 16"),
@@ -140,6 +143,7 @@ def test_what_is_wrong_is_said_and_the_connection_lives_on(start: Start) -> None
         assert answer["code"] == "bad-request"
         assert message in answer["error"], (sent, answer)
         assert "\n" not in answer["error"]
+        assert len(answer["error"]) < 3000
     (answer,) = client.ask(b'{"prompt": "' + b"a" * (3 << 20) + b'"}\n')
     assert "want a line of at most 1,048,576 bytes" in answer["error"]
     client.send(b'\n \r\n{"prompt": "Hel')
@@ -152,6 +156,21 @@ def test_what_is_wrong_is_said_and_the_connection_lives_on(start: Start) -> None
     assert client.line()["done"] is True
     assert client.line() is None
     assert served.health()["failed"] == 0
+
+
+def test_a_crowd_is_told_and_not_turned_away_unheard(start: Start) -> None:
+    served = start("--clients", 4)
+    served.process.send_signal(signal.SIGSTOP)
+    clients = []
+    for _ in range(100):
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        client.settimeout(20)
+        client.connect(str(served.socket))  # BlockingIOError where the kernel's queue is full
+        clients.append(client)
+    served.process.send_signal(signal.SIGCONT)
+    assert all(b'"busy"' in client.recv(1000) for client in clients[4:])
+    for client in clients:
+        client.close()
 
 
 def test_noise(start: Start) -> None:
