@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,6 +152,8 @@ def _require_places(request: BenchRequest) -> None:
         if path.is_dir() or not path.parent.is_dir():
             found = "a directory" if path.is_dir() else f"no directory {path.parent}"
             raise OptionError(option, f"want a file to write, found {found}; name another")
+        if not os.access(path.parent, os.W_OK):
+            raise OptionError(option, f"want a file to write, and {path.parent} lets none be made; name another")
     if request.plot is not None and request.plot == request.json:
         raise InputError(f"{request.plot}: --json and --plot name the same file; name two")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,8 @@ def _require_places(request: ReportRequest) -> None:
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             found = "a directory" if path.is_dir() else f"no directory {path.parent}"
             raise OptionError(option, f"want a file to write, found {found}; name another")
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise OptionError(option, f"want a file to write, and {path.parent} lets none be made; name another")
     if request.output is not None and request.output == request.json:
         raise OptionError("json", f"want another file than that of the page, got {request.json}")
 

@@ -192,6 +192,17 @@ def test_errors_are_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
+def test_a_place_that_cannot_be_written_to_is_known_before_anything_is_measured(
+    invoke: Invoke, error_line: ErrorLine, demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: (Path(path), mode) != (tmp_path, os.W_OK))  # root may all
+    result = invoke("report", demo_bundle, "--quick", "-o", tmp_path / "a.html")
+    assert result.exit_code == 2
+    assert (
+        error_line(result) == f"error: --output: want a file to write, and {tmp_path} lets none be made; name another"
+    )
+
+
 def test_an_earlier_report_outlives_a_full_disk(
     invoke: Invoke, error_line: ErrorLine, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
