@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from llava_deploy.engines.names import Backend
 from llava_deploy.engines.tensorrt_module import RTX_CAPABILITIES, SPOKEN, TensorRtBackend
@@ -27,6 +27,10 @@ INSTALL_CPU = "pip install 'llava-deploy[cpu]'"
 _LEAST_TENSORRT = 75  # a compute capability
 
 
+Lack = Literal["GPU", "package", "driver"]
+"""What keeps a backend from running: no GPU that it could use; a package is missing, old or broken; an old driver."""
+
+
 @dataclass(frozen=True)
 class BackendVerdict:
     """Whether a backend can run something here.
@@ -36,12 +40,14 @@ class BackendVerdict:
         runs: it can.
         how: with what and on what, or why not, for people.
         missing: what to do so that it can; none where nothing helps.
+        lacks: why not, in a word for each reason.
     """
 
     backend: Backend
     runs: bool
     how: str
     missing: tuple[str, ...]
+    lacks: tuple[Lack, ...] = ()
 
 
 def judge_backends(host: Host, graphics: Graphics, packages: Packages) -> tuple[BackendVerdict, ...]:
@@ -81,8 +87,8 @@ def _onnxruntime(host: Host, packages: Packages) -> BackendVerdict:
     library = packages.onnxruntime
     trouble = _lacks("ONNX Runtime", library, LEAST["onnxruntime"])
     if trouble:
-        remedy = INSTALL_CPU if not library.installed else _again(library, "llava-deploy[cpu]")
-        return BackendVerdict("onnxruntime", False, trouble, (remedy,))
+        remedy = INSTALL_CPU if not library.installed else _again(library, "pip install --upgrade 'llava-deploy[cpu]'")
+        return BackendVerdict("onnxruntime", False, trouble, (remedy,), ("package",))
     cores = f"{host.cores} core{'' if host.cores == 1 else 's'}"
     where = "the CPU" if host.processor is None else host.processor
     return BackendVerdict("onnxruntime", True, f"ONNX Runtime {library.version} on {where}, {cores}", ())
@@ -92,18 +98,21 @@ def _tensorrt(backend: TensorRtBackend, host: Host, graphics: Graphics, packages
     gpu, library = graphics.first, packages.tensorrt[backend]
     name = SPOKEN[backend]
     if gpu is None:
-        return BackendVerdict(backend, False, _no_gpu(graphics), ())
+        return BackendVerdict(backend, False, _no_gpu(graphics), (), ("GPU",))
     refusal = _refusal(backend, gpu.capability)
     if refusal:
-        return BackendVerdict(backend, False, f"{refusal} ({gpu.name})", ())
+        return BackendVerdict(backend, False, f"{refusal} ({gpu.name})", (), ("GPU",))
     reasons, missing = [], []
+    lacks: list[Lack] = []
     trouble = _lacks(name, library, LEAST[backend])
     if trouble:
         reasons.append(trouble)
+        lacks.append("package")
         install = install_tensorrt(backend, host, graphics)
         missing.append(install if not library.installed or host.is_jetson else _again(library, install))
     if not packages.cuda_python.loads:
         reasons.append(_lacks("cuda-python", packages.cuda_python, (0, 0)))
+        lacks.append("package")
         missing.append(f"pip install 'cuda-python=={cuda_major(graphics) or 12}.*'")
     wants = max((each.cuda for each in (library, packages.cuda_python) if each.cuda is not None), default=0)
     has = cuda_major(graphics)
@@ -111,9 +120,10 @@ def _tensorrt(backend: TensorRtBackend, host: Host, graphics: Graphics, packages
         reasons.append(
             f"the driver is too old: it is for CUDA {graphics.cuda or has}, and what is installed is for CUDA {wants}"
         )
+        lacks.append("driver")
         missing.append(_for_older_driver(backend, has, wants))
     if reasons:
-        return BackendVerdict(backend, False, "; ".join(reasons), tuple(missing))
+        return BackendVerdict(backend, False, "; ".join(reasons), tuple(missing), tuple(dict.fromkeys(lacks)))
     return BackendVerdict(backend, True, f"{name} {library.version} on {gpu.name} ({gpu.capability})", ())
 
 
@@ -142,10 +152,9 @@ def _lacks(name: str, library: Library, least: tuple[int, int]) -> str:
     return f"{name} is installed, but cannot be loaded: {library.trouble}"
 
 
-def _again(library: Library, wanted: str) -> str:
-    what = wanted if wanted.startswith(("pip", "sudo", "update")) else f"pip install --upgrade '{wanted}'"
+def _again(library: Library, install: str) -> str:
     remove = " ".join(library.packages)
-    return f"pip uninstall {remove}, then {what}" if remove and not library.loads else what
+    return f"pip uninstall {remove}, then {install}" if remove and not library.loads else install
 
 
 def _for_older_driver(backend: TensorRtBackend, has: int, wants: int) -> str:

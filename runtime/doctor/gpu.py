@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llava_deploy.runtime.doctor.system import Ran, System
@@ -107,12 +107,12 @@ def look_at_graphics(system: System) -> Graphics:
     """What GPUs there are, and whether they can be used."""
     version = system.read("/proc/driver/nvidia/version") or ""
     kernel = re.search(r"Kernel Module\s+(?:for \S+\s+)?(\d+(?:\.\d+)+)", version)
-    rows, smi_trouble = _smi(system)
+    expects_smi = kernel is not None and not system.exists("/etc/nv_tegra_release")
+    rows, smi_trouble = _smi(system, expected=expects_smi)
     driver = kernel[1] if kernel else next((row["driver_version"] for row in rows), None)
     nodes = tuple(path for path in (*system.find("/dev/nvidia[0-9]*"), *_TOP_NODES) if system.exists(path))
     cuda = system.probe("cuda")
     cards = sum(_is_card(system, path) for path in system.find("/sys/bus/pci/devices/*"))
-    expects_smi = bool(driver) and not system.exists("/etc/nv_tegra_release")
     number = cuda.get("cuda")
     return Graphics(
         cards=cards,
@@ -124,7 +124,7 @@ def look_at_graphics(system: System) -> Graphics:
         cuda=f"{number // 1000}.{number % 1000 // 10}" if isinstance(number, int) and number else None,
         code=cuda.get("code"),
         trouble=str(cuda.get("error", "")),
-        smi_trouble=smi_trouble if expects_smi or "not installed" not in smi_trouble else "",
+        smi_trouble=smi_trouble,
         gpus=tuple(_merged(cuda.get("devices", []), rows)),
     )
 
@@ -134,11 +134,13 @@ def _is_card(system: System, directory: str) -> bool:
     return system.read(f"{directory}/vendor") == _NVIDIA and kind.startswith(_DISPLAYS)
 
 
-def _smi(system: System) -> tuple[list[dict[str, str]], str]:
-    """A row of fields for each GPU, and what is wrong with nvidia-smi."""
+def _smi(system: System, *, expected: bool) -> tuple[list[dict[str, str]], str]:
+    """A row of fields for each GPU, and what is wrong with nvidia-smi; not to have it is, where it is expected."""
     ran = _query(system, "gpu", _FIELDS)
     rows = _rows(ran, _FIELDS)
     if not rows:
+        if ran.outcome == "not installed" and not expected:
+            return [], ""
         said = ran.trouble or f"nvidia-smi: {' '.join(ran.text.split())[:160] or 'no output'}"
         return [], said
     for reason in _REASONS:
@@ -187,44 +189,46 @@ def _merged(devices: list[Mapping[str, Any]], rows: list[dict[str, str]]) -> lis
 
 
 def _gpu(device: Mapping[str, Any] | None, row: Mapping[str, str] | None) -> Gpu:
-    said = {} if row is None else row
-    total, free, power, heat, others, used = (
-        _number(said.get(field, ""))
-        for field in ("memory.total", "memory.free", "power.limit", "temperature.gpu", "others", "others_mib")
-    )
-    capability = re.fullmatch(r"(\d+)\.(\d)", said.get("compute_cap", ""))
-    mask = said.get("slowed", "")
-    bits = int(mask, 16) if re.fullmatch(r"0x[0-9a-fA-F]+", mask) else 0
-    known = {"Enabled": True, "Disabled": False}
-    mode = said.get("compute_mode", "")
-    facts: dict[str, Any] = {
-        "power_limit": power,
-        "persistence": known.get(said.get("persistence_mode", "")),
-        "compute_mode": mode if re.fullmatch(r"[A-Z]\w+", mode) else None,
-        "mig": known.get(said.get("mig.mode.current", "")),
-        "celsius": None if heat is None else int(heat),
-        "slowed": tuple(dict.fromkeys(words for bit, words in _SLOWED.items() if bits & bit)),
-        "others": (0, 0) if others is None or used is None else (int(others), int(used) * _MIB),
-    }
+    told = _told({} if row is None else row)
     if device is None:
-        return Gpu(
-            name=said["name"],
-            capability=f"sm{capability[1]}{capability[2]}" if capability else None,
-            total=None if total is None else int(total) * _MIB,
-            free=None if free is None else int(free) * _MIB,
-            is_unified=total is None,
-            usable=False,
-            trouble="CUDA does not show it to this process",
-            **facts,
-        )
+        return told
     error = device["error"]
-    return Gpu(
+    return replace(
+        told,
         name=str(device["name"]),
         capability=str(device["capability"]),
-        total=device["total"] if total is None or device["total"] is not None else int(total) * _MIB,
-        free=device["free"] if free is None or device["free"] is not None else int(free) * _MIB,
+        total=told.total if device["total"] is None else device["total"],
+        free=told.free if device["free"] is None else device["free"],
         is_unified=bool(device["integrated"]),
         usable=error is None,
         trouble="" if error is None else str(error),
-        **facts,
+    )
+
+
+def _told(row: Mapping[str, str]) -> Gpu:
+    """What nvidia-smi says of a GPU, which CUDA does not show."""
+    total, free, power, heat, others, used = (
+        _number(row.get(field, ""))
+        for field in ("memory.total", "memory.free", "power.limit", "temperature.gpu", "others", "others_mib")
+    )
+    capability = re.fullmatch(r"(\d+)\.(\d)", row.get("compute_cap", ""))
+    mask = row.get("slowed", "")
+    bits = int(mask, 16) if re.fullmatch(r"0x[0-9a-fA-F]+", mask) else 0
+    known = {"Enabled": True, "Disabled": False}
+    mode = row.get("compute_mode", "")
+    return Gpu(
+        name=row.get("name", ""),
+        capability=f"sm{capability[1]}{capability[2]}" if capability else None,
+        total=None if total is None else int(total) * _MIB,
+        free=None if free is None else int(free) * _MIB,
+        is_unified=total is None,
+        usable=False,
+        trouble="CUDA does not show it to this process",
+        power_limit=power,
+        persistence=known.get(row.get("persistence_mode", "")),
+        compute_mode=mode if re.fullmatch(r"[A-Z]\w+", mode) else None,
+        mig=known.get(row.get("mig.mode.current", "")),
+        celsius=None if heat is None else int(heat),
+        slowed=tuple(dict.fromkeys(words for bit, words in _SLOWED.items() if bits & bit)),
+        others=(0, 0) if others is None or used is None else (int(others), int(used) * _MIB),
     )

@@ -124,8 +124,7 @@ def tensorrt_findings(
         return
     cuda = graphics.cuda or cuda_major(graphics)
     driver = f"driver {graphics.driver}" if graphics.driver else "driver"
-    there = {backend for backend, library in packages.tensorrt.items() if library.installed}
-    too_old = [verdict for verdict in verdicts if "too old" in verdict.how and verdict.backend in there]
+    too_old = [verdict for verdict in verdicts if "driver" in verdict.lacks]
     for verdict in too_old:
         yield Finding("fault", f"{verdict.backend}: {driver}: {verdict.how}", "; ".join(verdict.missing))
     if too_old:

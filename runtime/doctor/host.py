@@ -169,7 +169,7 @@ def _mode(system: System, modes: dict[int, str]) -> tuple[str | None, str]:
     if kept and int(kept[1]) in modes:
         return modes[int(kept[1])], ""
     if ran.code is None:
-        return None, "" if "not installed" in ran.trouble else ran.trouble
+        return None, "" if ran.outcome == "not installed" else ran.trouble
     return None, f"nvpmodel -q says no mode: {' '.join(ran.text.split())[:120]!r}"
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llava_deploy.engines.onnxruntime_module import NO_REPORTS
 
@@ -31,6 +31,10 @@ _PROBES = Path(__file__).with_name("probe.py")
 _LAST_BREATH = 1.0  # seconds that a killed program may take to be gone; one that hangs in the kernel never is
 
 
+Outcome = Literal["ended", "not installed", "cannot be run", "no answer"]
+"""Whether a program came to an end by itself, or why not."""
+
+
 @dataclass(frozen=True)
 class Ran:
     """What a program did.
@@ -38,12 +42,19 @@ class Ran:
     Attributes:
         code: its exit status, negative for a signal; ``None`` where it was not started or had to be stopped.
         text: what it printed, standard error with it.
-        trouble: why there is no ``code``: empty where there is one.
+        trouble: why there is no ``code``, for people: empty where there is one.
+        outcome: the same in a word.
     """
 
     code: int | None
     text: str
     trouble: str = ""
+    outcome: Outcome = "ended"
+
+    @classmethod
+    def not_installed(cls, program: str) -> Ran:
+        """Of a program that is not there."""
+        return cls(None, "", f"{program} is not installed", "not installed")
 
 
 @dataclass(frozen=True)
@@ -109,10 +120,10 @@ class System:
 
     def run_first(self, programs: Sequence[str], *words: str) -> Ran:
         """Run the first of some programs that is there."""
-        ran = Ran(None, "", f"{programs[0]} is not installed")
+        ran = Ran.not_installed(programs[0])
         for program in programs:
             ran = self.run((program, *words), PATIENCE)
-            if ran.code is not None or "not installed" not in ran.trouble:
+            if ran.outcome != "not installed":
                 break
         return ran
 
@@ -187,9 +198,9 @@ def run_program(words: Sequence[str], patience: float) -> Ran:
             env=environment,
         )
     except FileNotFoundError:
-        return Ran(None, "", f"{words[0]} is not installed")
+        return Ran.not_installed(words[0])
     except (OSError, ValueError) as error:
-        return Ran(None, "", f"{words[0]} cannot be run ({error})")
+        return Ran(None, "", f"{words[0]} cannot be run ({error})", "cannot be run")
     text, is_late = _read(process, time.monotonic() + patience)
     if not is_late:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -198,7 +209,7 @@ def run_program(words: Sequence[str], patience: float) -> Ran:
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_LAST_BREATH)
-    return Ran(None, text, f"{Path(words[0]).name} gave no answer within {patience:.0f} s")
+    return Ran(None, text, f"{Path(words[0]).name} gave no answer within {patience:.0f} s", "no answer")
 
 
 def _read(process: subprocess.Popen[bytes], deadline: float) -> tuple[str, bool]:

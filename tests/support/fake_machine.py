@@ -155,7 +155,7 @@ class FakeMachine:
             return answer if isinstance(answer, Ran) else Ran(0, f"noise\n{json.dumps(answer)}\n")
         program = self.programs.get(words[0])
         if program is None:
-            return Ran(None, "", f"{words[0]} is not installed")
+            return Ran.not_installed(words[0])
         if isinstance(program, str):
             return Ran(0, program)
         return program if isinstance(program, Ran) else program(words)

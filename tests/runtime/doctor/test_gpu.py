@@ -187,7 +187,7 @@ def test_older_drivers_name_their_reasons_otherwise(machine: FakeMachine, findin
 @pytest.mark.parametrize(
     "answer",
     [
-        Ran(None, "", "nvidia-smi gave no answer within 8 s"),
+        Ran(None, "", "nvidia-smi gave no answer within 8 s", "no answer"),
         "\x00\xff garbage, with, commas\n" * 50,
         "",
         Ran(9, "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n"),

@@ -64,7 +64,7 @@ def test_without_onnx_runtime_a_gpu_does(machine: FakeMachine, finding: FindingO
     [
         (Ran(-11, "library says hello\n"), "killed by SIGSEGV while it was loaded"),
         (Ran(3, ""), "ended with exit status 3"),
-        (Ran(None, "", "python gave no answer within 40 s"), "no answer within 40 s"),
+        (Ran(None, "", "python gave no answer within 40 s", "no answer"), "no answer within 40 s"),
         ({"error": "ImportError: libstdc++.so.6: version GLIBCXX_3.4.30 not found"}, "GLIBCXX_3.4.30"),
         ({"error": "ModuleNotFoundError: No module named 'onnxruntime.capi'"}, "No module named"),
         (Ran(0, '[1, 2]\n"text"\n'), "exit status 0"),

@@ -19,8 +19,9 @@ from llava_deploy.runtime.doctor.system import Ran, free_bytes, installed_versio
 
 def test_a_programs_text_and_status() -> None:
     assert run_program(("sh", "-c", "echo out; echo err >&2; exit 3"), 10) == Ran(3, "out\nerr\n")
-    assert run_program(("no-such-program-here",), 10).trouble == "no-such-program-here is not installed"
-    assert "cannot be run" in run_program((str(Path(__file__)),), 10).trouble
+    assert run_program(("no-such-program-here",), 10) == Ran.not_installed("no-such-program-here")
+    refused = run_program((str(Path(__file__)),), 10)
+    assert ("cannot be run" in refused.trouble, refused.outcome) == (True, "cannot be run")
     assert run_program(("sh", "-c", "kill -SEGV $$"), 10).code == -11
 
 
@@ -36,7 +37,7 @@ def test_one_that_hangs_or_has_no_end_is_stopped(script: str) -> None:
     began = time.monotonic()
     ran = run_program(("sh", "-c", script), 0.4)
     assert time.monotonic() - began < 5
-    assert (ran.code, ran.trouble) == (None, "sh gave no answer within 0 s")
+    assert (ran.code, ran.trouble, ran.outcome) == (None, "sh gave no answer within 0 s", "no answer")
     assert len(ran.text) <= 2 << 20
 
 
