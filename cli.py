@@ -33,7 +33,7 @@ from llava_deploy.runtime.command_archive import describe_archive, pack, unpack
 from llava_deploy.runtime.command_bench import BenchRequest, bench_options, run_bench
 from llava_deploy.runtime.command_build import TensorRtRequest, refuse_tensorrt_options, tensorrt_options
 from llava_deploy.runtime.command_completion import completion
-from llava_deploy.runtime.command_doctor import doctor_command
+from llava_deploy.runtime.command_doctor import run_doctor
 from llava_deploy.runtime.command_eval import EvalRequest, eval_options
 from llava_deploy.runtime.command_group import (
     PROGRAM,
@@ -61,11 +61,7 @@ from llava_deploy.runtime.command_serve import serve
 from llava_deploy.runtime.printable import as_argument
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from llava_deploy.engines.planner.plan import StagePlan
     from llava_deploy.runtime.bench.bench import BoundOf
-    from llava_deploy.runtime.doctor.bundles import Room
 
 
 _accuracy_level = click.option(
@@ -428,13 +424,23 @@ def selftest(bundle: Path, request: SelftestRequest) -> None:
     run_selftest(bundle, request, build_default)
 
 
-def _stages_here(bundle: Path, room: Room) -> Sequence[StagePlan]:
-    from llava_deploy.engines.planner.fits import stages_here
+@click.command(epilog=examples("doctor", "doctor bundle", "doctor bundle --json"))
+@click.argument("bundles", type=PATH, nargs=-1, metavar="[BUNDLE ...]")
+@json_option
+def doctor(bundles: tuple[Path, ...], as_json: bool) -> None:
+    """Say what this machine has, and what bundles could do on it.
 
-    return stages_here(bundle, **dataclasses.asdict(room))
+    System, processor, memory, GPU with its driver, power mode, and what is installed and really loads; which backend
+    runs, and what to install for the others. Of a bundle: which engines fit, whether memory does, and what to type
+    next.
+
+    Nothing is changed. Fails where nothing can run a bundle, or not every bundle that is named runs as it is.
+    """
+    from llava_deploy.engines.planner.fits import fits_here
+
+    run_doctor(bundles, fits_here, as_json=as_json)
 
 
-doctor = doctor_command(_stages_here)
 main.add_command(inspect)
 main.add_command(plan)
 main.add_command(export)

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
+from llava_deploy.engines.fitting import Fit, Room
 from llava_deploy.engines.manifest import read_manifest
+from llava_deploy.engines.names import Backend
 from llava_deploy.engines.planner.boards import Board
 from llava_deploy.engines.planner.model import planned_bundle
-from llava_deploy.engines.planner.plan import StagePlan, plan, resolve_sizes
+from llava_deploy.engines.planner.plan import plan, resolve_sizes
 
 
-def stages_here(
-    bundle: Path,
-    host: int | None,
-    device: int | None,
-    capability: str | None,
-    tensorrt: str | None,
-    *,
-    is_unified: bool,
-) -> tuple[StagePlan, ...]:
-    """Plan build and run of one row at the model's full length.
+def fits_here(bundle: Path, room: Room) -> dict[Backend, Fit]:
+    """Plan build and run of one row at the model's full length, with every backend.
 
     Args:
         bundle: its directory.
-        host: bytes of memory to be had; ``None`` where nobody knows.
-        device: of the GPU, likewise; of no meaning where it shares the host's.
-        capability: compute capability of the GPU, as ``sm89``; ``None`` without one.
-        tensorrt: release of TensorRT, as ``10.3``; ``None`` without one.
-        is_unified: host and GPU share their memory.
+        room: what the machine has.
 
     Raises:
         BundleError: no bundle, or one whose graphs were left out: they are what is planned by.
@@ -36,12 +27,18 @@ def stages_here(
     board = Board(
         name="auto",
         title="this machine",
-        memory=host if is_unified else device,
-        host=None if is_unified else host,
-        is_unified=is_unified,
+        memory=room.host if room.is_unified else room.device,
+        host=None if room.is_unified else room.host,
+        is_unified=room.is_unified,
         bandwidth=None,
-        capability=capability,
-        tensorrt=tensorrt,
+        capability=room.capability,
+        tensorrt=room.tensorrt,
         source="llava-deploy doctor",
     )
-    return plan(model, board, resolve_sizes(model, 1, None, None), None).stages
+    stages = plan(model, board, resolve_sizes(model, 1, None, None), None).stages
+    planned = {(stage.stage, stage.backend): stage for stage in stages}
+    found = {}
+    for backend in get_args(Backend):
+        run, build = planned["run", backend], planned["build", backend]
+        found[backend] = Fit(run.fits, build.fits, run.largest_len)
+    return found

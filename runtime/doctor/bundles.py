@@ -5,14 +5,16 @@ Nothing is loaded: engines are judged by their manifests, which are held against
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 from llava_deploy.engines.engine_manifest import read_engine_manifest, source_digest
 from llava_deploy.engines.errors import BundleError, LlavaDeployError
+from llava_deploy.engines.fitting import Fit, Room
 from llava_deploy.engines.goldens import has_goldens
 from llava_deploy.engines.host_memory import HostMemory
 from llava_deploy.engines.integrity import Integrity
@@ -31,41 +33,8 @@ from llava_deploy.runtime.tensorrt_choice import engine_directories
 
 State = Literal["runs", "build first", "cannot"]
 
-
-class Stage(Protocol):
-    """What a plan says of one stage; the planner's ``StagePlan``."""
-
-    @property
-    def stage(self) -> str: ...  # noqa: D102 (the planner says)
-    @property
-    def backend(self) -> Backend | None: ...  # noqa: D102
-    @property
-    def fits(self) -> bool | None: ...  # noqa: D102
-    @property
-    def largest_len(self) -> int | None: ...  # noqa: D102
-
-
-@dataclass(frozen=True)
-class Room:
-    """What a bundle has to fit in; ``None`` is what nobody knows.
-
-    Attributes:
-        host: bytes of memory to be had.
-        device: of the GPU.
-        capability: of the GPU; ``None`` without one that can be used.
-        is_unified: host and GPU share their memory.
-        tensorrt: release of TensorRT, as ``10.3``; ``None`` without one.
-    """
-
-    host: int | None
-    device: int | None
-    capability: str | None
-    is_unified: bool
-    tensorrt: str | None
-
-
-Planner = Callable[[Path, Room], Sequence[Stage]]
-"""Plans a bundle's stages in a room, of one row at the model's full length."""
+Planner = Callable[[Path, Room], Mapping[Backend, Fit]]
+"""Says of a bundle whether it fits, with each backend."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +122,11 @@ def look_at_bundle(directory: Path, here: Here, planner: Planner) -> BundleRepor
     except LlavaDeployError as error:
         return BundleReport(str(directory), str(error), "", 0, goldens=False, backends=(), next=())
     card = bundle.manifest.model
-    stages: Sequence[Stage] = ()
+    fits: Mapping[Backend, Fit] = {}
     if _has_graphs(bundle):
-        try:
-            stages = planner(directory, here.room)
-        except LlavaDeployError:  # graphs of another maker: whether they fit is not known
-            stages = ()
-    backends = tuple(_with(backend, bundle, here, stages) for backend in get_args(Backend))
+        with contextlib.suppress(LlavaDeployError):  # graphs of another maker: whether they fit is not known
+            fits = planner(directory, here.room)
+    backends = tuple(_with(backend, bundle, here, fits.get(backend)) for backend in get_args(Backend))
     goldens = has_goldens(bundle.manifest)
     return BundleReport(
         str(directory),
@@ -188,17 +155,15 @@ def _next(directory: Path, backends: tuple[BundleBackend, ...], *, goldens: bool
     return tuple(dict.fromkeys((*commands, *builds)))
 
 
-def _with(backend: Backend, bundle: Bundle, here: Here, stages: Sequence[Stage]) -> BundleBackend:
+def _with(backend: Backend, bundle: Bundle, here: Here, fit: Fit | None) -> BundleBackend:
     state, how, command = (
         _with_onnxruntime(bundle, here) if backend == "onnxruntime" else _with_tensorrt(backend, bundle, here)
     )
-    planned = {stage.stage: stage for stage in stages if stage.backend == backend}
-    runs, build = planned.get("run"), planned.get("build")
-    if runs is None or state == "cannot":
+    if fit is None or state == "cannot":
         return BundleBackend(backend, state, how, None, None, command)
-    if state == "build first" and build is not None and build.fits is False:
+    if state == "build first" and fit.build is False:
         how += "; a build takes more memory than there is: build it on another machine of this kind"
-    return BundleBackend(backend, state, how, runs.fits, runs.largest_len, command)
+    return BundleBackend(backend, state, how, fit.run, fit.largest_len, command)
 
 
 def _with_onnxruntime(bundle: Bundle, here: Here) -> tuple[State, str, str]:

@@ -28,7 +28,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
 
 
 def text_of(machine: FakeMachine, capsys: pytest.CaptureFixture[str]) -> str:
-    show(diagnosis_tables(examine(machine.system(), [], lambda bundle, room: ())))
+    show(diagnosis_tables(examine(machine.system(), [], lambda bundle, room: {})))
     return capsys.readouterr().out
 
 

@@ -8,36 +8,33 @@ from pathlib import Path
 import pytest
 
 from llava_deploy.engines.errors import BundleError
-from llava_deploy.engines.planner.fits import stages_here
-from llava_deploy.engines.planner.plan import StagePlan
+from llava_deploy.engines.fitting import Room
+from llava_deploy.engines.planner.fits import fits_here
 
 GB = 10**9
 
 
-def run_of(stages: tuple[StagePlan, ...], backend: str) -> StagePlan:
-    return next(stage for stage in stages if (stage.stage, stage.backend) == ("run", backend))
-
-
 def test_a_gpu_of_its_own_has_its_own_memory(demo_bundle_fp16: Path) -> None:
-    stages = stages_here(demo_bundle_fp16, 16 * GB, 8 * GB, "sm89", None, is_unified=False)
-    assert all(run_of(stages, backend).fits for backend in ("onnxruntime", "tensorrt", "tensorrt-rtx"))
-    stages = stages_here(demo_bundle_fp16, 16 * GB, GB // 1000, "sm89", None, is_unified=False)
-    assert [run_of(stages, backend).fits for backend in ("onnxruntime", "tensorrt-rtx")] == [True, False]
+    fits = fits_here(demo_bundle_fp16, Room(16 * GB, 8 * GB, "sm89", is_unified=False, tensorrt=None))
+    assert all(fits[backend].run and fits[backend].build for backend in ("onnxruntime", "tensorrt", "tensorrt-rtx"))
+    fits = fits_here(demo_bundle_fp16, Room(16 * GB, GB // 1000, "sm89", is_unified=False, tensorrt=None))
+    assert [fits[backend].run for backend in ("onnxruntime", "tensorrt-rtx")] == [True, False]
+    assert (fits["onnxruntime"].largest_len, fits["tensorrt-rtx"].largest_len) == (1024, 0)
 
 
 def test_shared_memory_is_counted_once(demo_bundle_fp16: Path) -> None:
-    stages = stages_here(demo_bundle_fp16, 4 * GB, None, "sm87", "10.3", is_unified=True)
-    assert run_of(stages, "tensorrt").fits
-    assert run_of(stages, "tensorrt-rtx").note == "TensorRT for RTX 1.7 knows no sm87"
-    stages = stages_here(demo_bundle_fp16, GB // 10, None, "sm87", "10.3", is_unified=True)
-    assert run_of(stages, "tensorrt").fits is False
+    fits = fits_here(demo_bundle_fp16, Room(4 * GB, None, "sm87", is_unified=True, tensorrt="10.3"))
+    assert fits["tensorrt"].run
+    assert (fits["tensorrt-rtx"].run, fits["tensorrt-rtx"].build) == (False, False)  # which knows no sm87
+    fits = fits_here(demo_bundle_fp16, Room(GB // 10, None, "sm87", is_unified=True, tensorrt="10.3"))
+    assert fits["tensorrt"].run is False
 
 
 def test_what_nobody_knows_is_not_made_up(demo_bundle_fp16: Path, tmp_path: Path) -> None:
-    stages = stages_here(demo_bundle_fp16, None, None, None, None, is_unified=False)
-    assert run_of(stages, "onnxruntime").fits is None
-    assert run_of(stages, "tensorrt").note == "no NVIDIA GPU"
+    fits = fits_here(demo_bundle_fp16, Room(None, None, None, is_unified=False, tensorrt=None))
+    assert (fits["onnxruntime"].run, fits["onnxruntime"].largest_len) == (None, None)
+    assert fits["tensorrt"].run is False
     bundle = shutil.copytree(demo_bundle_fp16, tmp_path / "bundle")
     (bundle / "decoder.onnx").unlink()
     with pytest.raises(BundleError):
-        stages_here(bundle, GB, None, None, None, is_unified=False)
+        fits_here(bundle, Room(GB, None, None, is_unified=False, tensorrt=None))

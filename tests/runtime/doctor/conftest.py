@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from fake_machine import FakeMachine
 
-from llava_deploy.engines.planner.fits import stages_here
-from llava_deploy.runtime.doctor.bundles import Room
+from llava_deploy.engines.planner.fits import fits_here
 from llava_deploy.runtime.doctor.diagnosis import Diagnosis, examine
 from llava_deploy.runtime.doctor.findings import Finding
 
@@ -25,11 +24,7 @@ def machine(tmp_path: Path) -> FakeMachine:
 @pytest.fixture
 def diagnose(machine: FakeMachine) -> Callable[..., Diagnosis]:
     """Examine the machine, and bundles on it, as the command does."""
-
-    def planner(bundle: Path, room: Room) -> object:
-        return stages_here(bundle, room.host, room.device, room.capability, room.tensorrt, is_unified=room.is_unified)
-
-    return lambda *bundles: examine(machine.system(), bundles, planner)
+    return lambda *bundles: examine(machine.system(), bundles, fits_here)
 
 
 @pytest.fixture

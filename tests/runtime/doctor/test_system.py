@@ -124,7 +124,7 @@ from pathlib import Path
 from llava_deploy.runtime.doctor.diagnosis import examine
 from llava_deploy.runtime.doctor.system import this_system
 before = sorted(Path({str(demo_bundle)!r}).rglob("*"))
-diagnosis = examine(this_system(), [Path({str(demo_bundle)!r})], lambda bundle, room: ())
+diagnosis = examine(this_system(), [Path({str(demo_bundle)!r})], lambda bundle, room: {{}})
 assert diagnosis.bundles[0].runs, diagnosis.bundles
 assert sorted(Path({str(demo_bundle)!r}).rglob("*")) == before
 print(sorted({{*sys.modules}} & {{"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda.bindings.runtime", "onnx_ir"}}))
