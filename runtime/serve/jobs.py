@@ -8,15 +8,14 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from llava_deploy.engines.errors import InputError, LlavaDeployError
 from llava_deploy.runtime.answers import Answer
 from llava_deploy.runtime.llava import Llava
-from llava_deploy.runtime.pictures import PictureSource
-from llava_deploy.runtime.prompt import images_of, render_chat
-from llava_deploy.runtime.serve.requests import Question
+from llava_deploy.runtime.prompt import render_chat
+from llava_deploy.runtime.serve.requests import PictureFile, Question
 from llava_deploy.runtime.terminal_run import gathered
 
 Message = dict[str, Any]
@@ -200,11 +199,9 @@ class Answerer:
 
         if job.cancelled.is_set() or self._abort.is_set():
             raise _StoppedError
-        prompt: str = question.raw
-        images: Sequence[PictureSource] = question.images
-        if question.messages is not None:
-            prompt = render_chat(question.messages, self._llava.manifest.chat)
-            images = images_of(question.messages)
+        asked = question.messages
+        prompt = question.raw if asked is None else render_chat(asked, self._llava.manifest.chat)
+        images = [source.read() if isinstance(source, PictureFile) else source for source in question.images]
         pieces = self._llava.stream(
             prompt,
             images,

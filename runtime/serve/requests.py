@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +17,7 @@ from llava_deploy.runtime.sampling import SamplingOptions
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 _KEYS = ("prompt", "messages", "images", "raw", "max_new_tokens", *_SAMPLING, "stop", "stream")
 _STOPS, _STOP_LENGTH = 16, 1000
+_LARGEST_FILE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,54 @@ class Allowed:
 
 
 @dataclass(frozen=True)
+class PictureFile:
+    """A file that a request names; read when its question is answered, so that those that wait hold no bytes.
+
+    Attributes:
+        directory: the allowed one.
+        path: as the request has it.
+        name: of the picture, for people.
+    """
+
+    directory: Path
+    path: str
+    name: str
+
+    def read(self) -> bytes:
+        """Its bytes; where it lies is asked of the opened file, so that no link can be changed in between.
+
+        Raises:
+            PictureError: not there, not in the directory, or not to be read, in the same words: what lies elsewhere is
+                nobody's to know; or no file, or too large a one.
+        """
+        wanted = f"{self.name}: want a picture file below the service's --pictures directory"
+        refused = PictureError(f"{wanted}, which the service may read; this path leads to none")
+        try:
+            handle = os.open(self.directory / self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        except (OSError, ValueError):
+            raise refused from None
+        try:
+            if not Path(f"/proc/self/fd/{handle}").readlink().is_relative_to(self.directory.resolve()):
+                raise refused
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_FILE:
+                raise PictureError(f"{wanted}, of at most {_LARGEST_FILE:,} bytes; this one is not")
+            with os.fdopen(handle, "rb", closefd=False) as file:
+                return file.read(_LARGEST_FILE)
+        except OSError:
+            raise refused from None
+        finally:
+            os.close(handle)
+
+
+@dataclass(frozen=True)
 class Question:
     """What is asked of the model.
 
     Attributes:
-        messages: as :meth:`Llava.chat` takes them, pictures as data URIs or bytes; ``None`` with ``raw``.
+        messages: as :func:`~llava_deploy.runtime.prompt.render_chat` takes them; ``None`` with ``raw``.
         raw: a prompt to take as it is.
-        images: of ``raw``.
+        images: of either, data URIs or files, in the order of their placeholders.
         max_new_tokens: of the answer.
         sampling: how tokens are chosen.
         stop: texts that end the answer.
@@ -52,7 +94,7 @@ class Question:
 
     messages: list[dict[str, Any]] | None
     raw: str
-    images: tuple[str | bytes, ...]
+    images: tuple[str | PictureFile, ...]
     max_new_tokens: int
     sampling: SamplingOptions
     stop: tuple[str, ...]
@@ -86,7 +128,7 @@ def parse_question(value: Mapping[str, Any], allowed: Allowed) -> Question:
 
     Raises:
         InputError: a key that is not known, or a value of another kind or outside of what is allowed.
-        PictureError: a picture's path that is not allowed, or cannot be read.
+        PictureError: too many pictures, or one that is no data URI where no file may be named.
     """
     if unknown := sorted(set(value) - set(_KEYS)):
         raise InputError(f"unknown: {', '.join(unknown)[:200]}; a request has {', '.join(_KEYS)}")
@@ -105,8 +147,8 @@ def parse_question(value: Mapping[str, Any], allowed: Allowed) -> Question:
     return Question(None if raw else messages, prompt, images, new_tokens, sampling, _stops(value), stream)
 
 
-def _asked(value: Mapping[str, Any], allowed: Allowed) -> tuple[list[dict[str, Any]], tuple[str | bytes, ...]]:
-    """The conversation with every picture ready to be loaded, and those pictures."""
+def _asked(value: Mapping[str, Any], allowed: Allowed) -> tuple[list[dict[str, Any]], tuple[str | PictureFile, ...]]:
+    """The conversation and its pictures."""
     if "prompt" in value:
         if not isinstance(value["prompt"], str):
             raise PromptError(f"prompt: want text, got {type(value['prompt']).__name__}")
@@ -114,23 +156,15 @@ def _asked(value: Mapping[str, Any], allowed: Allowed) -> tuple[list[dict[str, A
         if not isinstance(given, list):
             raise InputError(f"images: want a list of data URIs, got {type(given).__name__}")
         _require_few(len(given), allowed)
-        ready = [_picture(source, f"image {index}", allowed) for index, source in enumerate(given)]
-        parts = [{"type": "image", "image": source} for source in ready]
-        return [{"role": "user", "content": [*parts, {"type": "text", "text": value["prompt"]}]}], tuple(ready)
+        parts = [{"type": "image", "image": source} for source in given]
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": value["prompt"]}]}]
+        return messages, _pictures(given, allowed)
     if "images" in value:
         raise InputError('images: with messages, a picture is a part {"type": "image", "image": …} of its message')
     messages = value["messages"]
     found = images_of(messages)  # which also says what is wrong with the form of any message
     _require_few(len(found), allowed)
-    waiting = iter([_picture(source, f"image {index}", allowed) for index, source in enumerate(found)])
-    return [_with_pictures(message, waiting) for message in messages], ()
-
-
-def _with_pictures(message: Mapping[str, Any], waiting: Any) -> dict[str, Any]:
-    content = message["content"]
-    if not isinstance(content, str):
-        content = [{**part, "image": next(waiting)} if part["type"] == "image" else part for part in content]
-    return {**message, "content": content}
+    return messages, _pictures(found, allowed)
 
 
 def _require_few(count: int, allowed: Allowed) -> None:
@@ -138,37 +172,18 @@ def _require_few(count: int, allowed: Allowed) -> None:
         raise PictureError(f"want at most {allowed.images} pictures in one request, got {count}")
 
 
-def _picture(source: object, name: str, allowed: Allowed) -> str | bytes:
-    """A data URI as it is, or the bytes of a file that lies in the allowed directory."""
+def _pictures(sources: Sequence[object], allowed: Allowed) -> tuple[str | PictureFile, ...]:
+    return tuple(_picture(source, f"image {index}", allowed) for index, source in enumerate(sources))
+
+
+def _picture(source: object, name: str, allowed: Allowed) -> str | PictureFile:
     if not isinstance(source, str):
         raise PictureError(f"{name}: want a data URI, got {type(source).__name__}")
     if source[:5].lower() == "data:":
         return source
     if allowed.pictures is None:
         raise PictureError(f"{name}: want a data URI; this service reads no files (serve --pictures DIR lets it)")
-    return _read_within(allowed.pictures, source, name)
-
-
-def _read_within(directory: Path, path: str, name: str) -> bytes:
-    """A file's bytes; where it lies is asked of the opened file, so that no link can be changed in between."""
-    refused = f"{name}: want a picture file below the service's --pictures directory"
-    try:
-        handle = os.open(directory / path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    except (OSError, ValueError) as error:
-        raise PictureError(f"{refused}; this one cannot be opened ({_first_line(error)})") from error
-    try:
-        if not Path(f"/proc/self/fd/{handle}").readlink().is_relative_to(directory.resolve()):
-            raise PictureError(f"{refused}; this one lies outside of it")
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_FILE:
-            raise PictureError(f"{refused}, of at most {_LARGEST_FILE:,} bytes; this one is not")
-        with os.fdopen(handle, "rb", closefd=False) as file:
-            return file.read(_LARGEST_FILE)
-    finally:
-        os.close(handle)
-
-
-_LARGEST_FILE = 64 << 20
+    return PictureFile(allowed.pictures, source, name)
 
 
 def _flag(value: Mapping[str, Any], name: str, *, default: bool) -> bool:

@@ -116,11 +116,14 @@ class Service:
             self._stopping.wait(_TICK)
             return
         if not self._clients.acquire(blocking=False):
-            with connection, contextlib.suppress(ClientGoneError):
-                busy = failure(f"busy: {self._options.clients} clients are connected; come again later", "busy")
-                Lines(connection, 0, _TICK).send(_encoded(busy))
+            _turn_away(connection, f"busy: {self._options.clients} clients are connected; come again later")
             return
-        threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+        try:
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+        except RuntimeError as error:  # the system has no thread left
+            self._clients.release()
+            self._log(f"a client could not be taken: {error}")
+            _turn_away(connection, "busy: the system has no thread left for one more client; come again later")
 
     def _serve(self, connection: socket.socket) -> None:
         lines = Lines(connection, self._options.longest_line, self._options.patience)
@@ -186,6 +189,11 @@ class Service:
             "failed": self._answerer.failed,
             "seconds": round(time.monotonic() - self._began, 3),
         }
+
+
+def _turn_away(connection: socket.socket, reason: str) -> None:
+    with connection, contextlib.suppress(ClientGoneError):
+        Lines(connection, 0, _TICK).send(_encoded(failure(reason, "busy")))
 
 
 def _forward(messages: queue.SimpleQueue[Message | None], lines: Lines) -> None:

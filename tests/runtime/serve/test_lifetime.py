@@ -36,6 +36,48 @@ def test_whoever_comes_too_late_is_told(slow: Start) -> None:
     assert len(third.ask({"prompt": "count", "max_new_tokens": 3})) == 4
 
 
+NO_THREADS = """
+import os, threading
+begin = threading.Thread.start
+def start(self):
+    if self.name != "answers" and os.path.exists(os.environ["NO_THREADS"]):
+        raise RuntimeError("can't start new thread")
+    begin(self)
+threading.Thread.start = start
+"""
+"""No thread for a client where there is a file of that name."""
+
+
+def test_without_a_thread_for_a_client_it_is_told(start: Start, folder: Path) -> None:
+    scarce = folder / "scarce"
+    served = start("--clients", 4, script=NO_THREADS, NO_THREADS=str(scarce))
+    assert served.health()["healthy"]
+    scarce.touch()
+    for _ in range(8):  # more than there are seats, which none of them keeps
+        client = served.client()
+        told = client.line()
+        assert (told["code"], "no thread left" in told["error"], client.line()) == ("busy", True, None)
+        client.close()
+    scarce.unlink()
+    assert served.health()["healthy"]
+    code, said = served.end()
+    assert (code, said.count("a client could not be taken: can't start new thread")) == (0, 8)
+
+
+def test_files_are_read_when_it_is_their_turn(slow: Start, folder: Path) -> None:
+    served = slow("--pictures", folder, "--max-new-tokens", 100_000)
+    first, second = served.client(), served.client()
+    first.send({"prompt": "count", "max_new_tokens": 100_000})
+    served.until(lambda state: state["answering"] == 1)
+    second.send({"prompt": "count", "max_new_tokens": 1, "images": ["late.png"]})
+    served.until(lambda state: state["waiting"] == 1)
+    (folder / "late.png").write_bytes(b"a picture that was not there when the question came")
+    first.close()
+    assert second.line() == {"text": "0 "}
+    (folder / "late.png").unlink()
+    assert "this path leads to none" in second.ask({"prompt": "count", "images": ["late.png"]})[-1]["error"]
+
+
 def test_an_answer_ends_with_its_client(slow: Start) -> None:
     served = slow("--max-new-tokens", 100_000)
     for ask in ({"stream": True}, {"stream": False}):

@@ -208,9 +208,17 @@ def test_files_of_one_directory_alone(start: Start, folder: Path) -> None:
     want = said(client.ask({"prompt": question, "images": [uri]}))
     for path in ("more/a.png", "link.png", str(inside / "more" / "a.png"), "more/../link.png"):
         assert said(client.ask({"prompt": question, "images": [path]})) == want
-    for path in ("out.png", "away/a.png", "../elsewhere/a.png", str(outside / "a.png"), "pipe", "more", "no", "a\0b"):
+    for path in ("pipe", "more"):
         (answer,) = client.ask({"prompt": question, "images": [path]})
-        assert "want a picture file below the service's --pictures directory" in answer["error"], path
+        assert "want a picture file below the service's --pictures directory, of at most" in answer["error"], path
+    there = ("out.png", "away/a.png", "../elsewhere/a.png", str(outside / "a.png"), str(outside), "/dev/null")
+    not_there = ("no", "away/no", "../elsewhere/no", str(outside / "no"), "/no", "a\0b", "out.png/no")
+    answers = [client.ask({"prompt": question, "images": [path]}) for path in (*there, *not_there)]
+    answers += [client.ask({"messages": messages(path, question)}) for path in (*there, *not_there)]
+    assert {json.dumps(answer) for answer in answers} == {json.dumps(answers[0])}  # what lies elsewhere is not told
+    assert answers[0][0]["code"] == "bad-request"
+    assert "which the service may read; this path leads to none" in answers[0][0]["error"]
+    assert served.health()["failed"] == 0
 
 
 @pytest.mark.parametrize("mode", ["600", "660"])
