@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 import zstandard
 
 from llava_deploy.engines.contract import DecoderShape, VisionShape
@@ -20,6 +21,7 @@ from llava_deploy.engines.engine_manifest import (
     EngineManifest,
     source_digest,
 )
+from llava_deploy.engines.errors import LlavaDeployError
 from llava_deploy.engines.goldens import GOLDENS_FILE, Golden, GoldenMessage, GoldenPart, Goldens
 from llava_deploy.engines.manifest import (
     FORMAT_VERSION,
@@ -32,10 +34,13 @@ from llava_deploy.engines.manifest import (
     SpliceRecipe,
     describe_file,
 )
+from llava_deploy.runtime.archive.contents import PackOptions
 from llava_deploy.runtime.archive.layout import END, member_header, padded
 from llava_deploy.runtime.archive.listing import LISTING_NAME, Listing, listing_of
+from llava_deploy.runtime.archive.pack import pack
 
 ENGINE = "onnxruntime-9.9.9-cpu"
+EVERYTHING = PackOptions(engines=(ENGINE,))
 FILES = {
     "decoder.onnx": b"a graph" * 9,
     "decoder.onnx.data": bytes(range(256)) * 4,
@@ -97,6 +102,22 @@ def write_bundle(bundle: Path, files: Mapping[str, bytes] | None = None) -> Path
     text = EngineManifest(ENGINE_FORMAT_VERSION, key, {"onnx-ir": "1"}, built).to_json()
     (engine / "engine.json").write_text(text, encoding="utf-8")
     return bundle
+
+
+def packed(bundle: Path, options: PackOptions = EVERYTHING) -> bytes:
+    """The bytes of a bundle's archive."""
+    output = bundle.parent / "packed.lvd"
+    pack(bundle, output, options, replace=output.exists())
+    return output.read_bytes()
+
+
+def not_packed(bundle: Path, options: PackOptions = EVERYTHING) -> str:
+    """Why a bundle is not packed; nothing is left behind."""
+    beside = sorted(bundle.parent.iterdir())
+    with pytest.raises(LlavaDeployError) as raised:
+        pack(bundle, bundle.parent / "new.lvd", options)
+    assert sorted(bundle.parent.iterdir()) == beside
+    return str(raised.value)
 
 
 def tree(bundle: Path) -> dict[str, bytes]:

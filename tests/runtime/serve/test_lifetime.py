@@ -73,7 +73,7 @@ def test_files_are_read_when_it_is_their_turn(slow: Start, folder: Path) -> None
     served.until(lambda state: state["waiting"] == 1)
     (folder / "late.png").write_bytes(b"a picture that was not there when the question came")
     first.close()
-    assert second.line() == {"text": "0 "}
+    assert [second.line().get("text"), second.line().get("done")] == ["0 ", True]
     (folder / "late.png").unlink()
     assert "this path leads to none" in second.ask({"prompt": "count", "images": ["late.png"]})[-1]["error"]
 
