@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.engines.manifest import ChatRecipe, ImageRecipe
-from llava_deploy.exporter.config import LlavaConfig
+from llava_deploy.exporter.config import PROJECTOR, LlavaConfig
 from llava_deploy.exporter.halves import resolved_feature_layers
 from llava_deploy.exporter.layouts import clip, llama, llava, llava_hf
 from llava_deploy.exporter.layouts.fields import Fields
@@ -232,4 +232,4 @@ def _lay_over(collector: Collector, options: CheckpointOptions, naming: Naming) 
 def _projector_name(key: str, naming: Naming) -> str | None:
     key = non_lora_name(key)
     name = llava.projector_name(key) or naming(key)
-    return name if name is not None and name.startswith("projector.") else None
+    return name if name is not None and name.startswith(PROJECTOR) else None

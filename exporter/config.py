@@ -15,6 +15,9 @@ EMBED_TOKENS = "language_model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 """Canonical name of the output layer."""
 
+PROJECTOR = "projector."
+"""How canonical names of the projector's weights begin."""
+
 Activation = Literal["quick_gelu", "gelu", "gelu_pytorch_tanh", "silu"]
 
 

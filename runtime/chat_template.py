@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 _PROBE = "llava-deploy-probe"
+_DATE = "strftime_now"  # what transformers calls it
+
+
+def tells_the_date(template: str | None) -> bool:
+    """Whether a template may ask what day it is, so that its prompts are not the same tomorrow."""
+    return template is not None and _DATE in template
 
 
 class ContentForm(Enum):
@@ -158,7 +164,7 @@ def _compile(template: str) -> Template:
     environment.filters["tojson"] = _to_json
     environment.globals |= {
         "raise_exception": raise_exception,
-        "strftime_now": strftime_now,
+        _DATE: strftime_now,
         "dict": plain_dict,
         "namespace": PlainNamespace,
     }

@@ -22,6 +22,7 @@ from llava_deploy.engines.goldens import GoldenMessage, GoldenPart
 from llava_deploy.engines.manifest import ChatRecipe
 from llava_deploy.exporter.checkpoint import Checkpoint
 from llava_deploy.exporter.goldens.questions import Question
+from llava_deploy.runtime.chat_template import tells_the_date
 from llava_deploy.runtime.conversations import render_conversation
 
 _OF_TEMPLATES = (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -99,7 +100,7 @@ def choose_prompts(checkpoint: Checkpoint, forms: Sequence[Sequence[Question]], 
             f"{'; '.join(left_out)}; choose a built-in format with --conversation NAME at export, or "
             "export without --goldens"
         )
-    dated = "strftime_now" in (checkpoint.chat.template or "")
+    dated = tells_the_date(checkpoint.chat.template)
     return Chosen(tuple(prompts), tuple(left_out), tuple(simplified), dated)
 
 

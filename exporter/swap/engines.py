@@ -13,11 +13,12 @@ from llava_deploy.engines.names import SwapPart
 from llava_deploy.engines.onnxruntime_builder import EarlierEngine, build_onnxruntime
 from llava_deploy.engines.onnxruntime_module import import_onnxruntime
 from llava_deploy.engines.tensorrt.refit import Replaced, refit_tensorrt
+from llava_deploy.exporter.config import PROJECTOR
 
 Say = Callable[[str], None]
 
 _REPLACED: dict[SwapPart, tuple[str, tuple[str, ...]]] = {
-    "projector": (VISION_GRAPH, ("projector.",)),
+    "projector": (VISION_GRAPH, (PROJECTOR,)),
     "decoder": (DECODER_GRAPH, ("language_model.", "lm_head.")),
 }
 

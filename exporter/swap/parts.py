@@ -16,7 +16,7 @@ from llava_deploy.engines.lowering.opening import open_model
 from llava_deploy.engines.manifest import DECODER_GRAPH, TOKENIZER, VISION_GRAPH, Manifest
 from llava_deploy.engines.names import SwapPart
 from llava_deploy.exporter.checkpoint import Checkpoint
-from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD
+from llava_deploy.exporter.config import EMBED_TOKENS, LM_HEAD, PROJECTOR
 from llava_deploy.exporter.graphs import Graphs, build_graphs, decoder_shape, vision_shape
 from llava_deploy.exporter.halves import decoder_linears
 from llava_deploy.exporter.quantization.held import quantized_in_decoder
@@ -29,8 +29,6 @@ from llava_deploy.exporter.swap.tokens import require_same_tokens
 
 GRAPHS: Mapping[SwapPart, str] = {"projector": VISION_GRAPH, "decoder": DECODER_GRAPH}
 """The graph that holds each part."""
-
-_PROJECTOR = "projector."
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def _with_projector(checkpoint: Checkpoint, bundle: Path, manifest: Manifest) ->
     if rest is None:
         rest = first_difference(open_model(bundle / DECODER_GRAPH), graphs.decoder)
     given = with_stored_decoder(checkpoint, bundle) if rest is None else checkpoint
-    tower = {name: s for name, s in _stored_vision(bundle, graphs).items() if not name.startswith(_PROJECTOR)}
+    tower = {name: s for name, s in _stored_vision(bundle, graphs).items() if not name.startswith(PROJECTOR)}
     tensors = {**given.tensors, **tower, EMBED_TOKENS: stored_table(bundle, manifest.decoder)}
     notes = []
     if any(differs(stored, checkpoint.tensors[name]) for name, stored in tower.items()):
@@ -106,7 +104,7 @@ def _with_decoder(checkpoint: Checkpoint, bundle: Path, manifest: Manifest) -> S
         rest = first_difference(open_model(bundle / VISION_GRAPH), graphs.vision)
     vision = _stored_vision(bundle, graphs)
     notes = []
-    if any(differs(stored, checkpoint.tensors[name]) for name, stored in vision.items() if name.startswith(_PROJECTOR)):
+    if any(differs(stored, checkpoint.tensors[name]) for name, stored in vision.items() if name.startswith(PROJECTOR)):
         notes.append("its projector has other weights than the bundle's, which stay: swap it too, --part projector")
     if checkpoint.chat != manifest.chat:
         notes.append("it makes prompts in another way than the bundle, whose way stays")

@@ -14,6 +14,7 @@ from llava_deploy.engines.errors import LlavaDeployError
 from llava_deploy.engines.goldens import Golden, GoldenArray, read_golden_array
 from llava_deploy.runtime.backend import DecoderSession, VisionSession
 from llava_deploy.runtime.bundle import Bundle
+from llava_deploy.runtime.chat_template import tells_the_date
 from llava_deploy.runtime.encoding import PromptEncoder
 from llava_deploy.runtime.generation import logits_along
 from llava_deploy.runtime.llava import Llava
@@ -34,8 +35,6 @@ from llava_deploy.runtime.selftest.report import GoldenStage
 from llava_deploy.runtime.selftest.texts import text_difference, token_difference
 from llava_deploy.runtime.stages import StageKind, StageResult, position_errors, token_stage
 from llava_deploy.runtime.tokenize import tokenize_prompt
-
-_TELLS_THE_DATE = "strftime_now"
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def _features_of(vision: VisionSession, _one: Recorded, pixels: np.ndarray) -> n
 def replay_prompt(one: Recorded, encoder: PromptEncoder) -> StageResult:
     """The messages to the prompt's text, and the recorded text to token ids."""
     golden, chat = one.golden, one.bundle.manifest.chat
-    dated = chat.template is not None and _TELLS_THE_DATE in chat.template
+    dated = tells_the_date(chat.template)
     text = None if dated else text_difference(render_chat(one.messages, chat), golden.prompt)
     ids = token_difference(tokenize_prompt(golden.prompt, encoder.tokenizer, chat).tolist(), golden.input_ids)
     said = [f"the text differs from {text}"] if text is not None else []
