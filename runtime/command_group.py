@@ -7,11 +7,13 @@ import dataclasses
 import functools
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -46,6 +48,27 @@ def _one_line_errors(context: click.Context) -> Iterator[None]:
         message, exit_code = failure(error)
         _report(message)
         raise click.exceptions.Exit(exit_code) from error
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end a command as Ctrl-C does: what it had begun to write is removed.
+
+    A signal that is ignored stays so (nohup), and a thread that is not the main one has none.
+    """
+    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end(number: int, _frame: object) -> NoReturn:
+    raise SystemExit(128 + number)  # as shells have it
 
 
 def _report(message: str) -> None:
@@ -99,7 +122,7 @@ class CommandLine(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors=ESCAPES)  # what a terminal cannot show is no reason to fail
-        with _one_line_errors(ctx):
+        with _ended_in_order(), _one_line_errors(ctx):
             result = super().invoke(ctx)
             sys.stdout.flush()  # a closed pipe shows here, not while Python shuts down
             return result
