@@ -74,7 +74,7 @@ done
 [[ -n $wheel || -f $source/pyproject.toml ]] || die "$source: no checkout of llava-deploy; name a package with --wheel, or a checkout with --source"
 [[ -n $name ]] || { name="$(basename -- "${archive:-model}")" && name="${name%.lvd}"; }
 [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die "the model's name, $name: want letters, digits and . _ -; choose one with --name"
-for tool in "$here/uninstall.sh" "$here/trim.py" "$here/llava-deploy@.service"; do
+for tool in "$here"/{uninstall,model,service}.sh "$here/trim.py" "$here/llava-deploy@.service"; do
     [[ -f $tool ]] || die "$tool: not there; keep the folder deploy/ together"
 done
 
@@ -224,15 +224,20 @@ root "$root$venv/bin/python" -I -c 'import llava_deploy.cli, llava_deploy.runtim
 command=("$root$venv/bin/python" -I -c 'from llava_deploy.cli import main; main(prog_name="llava-deploy")')
 root "${command[@]}" --version
 
+systemd=no user=nobody sysusers=/etc/sysusers.d/llava-deploy.conf
+if [[ $service == yes ]]; then
+    [[ -n $root || ! -d /run/systemd/system ]] || systemd=yes
+    [[ -f $root$sysusers ]] || printf 'u llava-deploy - "answers questions about pictures"\n' | write "$sysusers" 644
+fi
+if [[ $systemd == yes ]]; then
+    user=llava-deploy
+    getent passwd "$user" >/dev/null || note user "$user"
+    root systemd-sysusers "$sysusers"
+fi
 if [[ -n $archive ]]; then
     say "4. The model $name, and its self-test"
-    folder "$(dirname -- "$model")"
-    incoming="${model%/*}/.$name.$stamp"
-    note tree "$incoming"
-    root "${command[@]}" unpack "$archive" -o "$root$incoming"
-    build=()
-    [[ ,$extras, != *,build,* && $extras != jetson ]] || build=(--build)
-    root "${command[@]}" selftest "$root$incoming" ${build[@]+"${build[@]}"}
+    # shellcheck source=model.sh
+    source "$here/model.sh"
 fi
 
 say "5. Put it in its place"
@@ -256,12 +261,16 @@ if [[ -n $archive ]]; then
         old="${model%/*}/.$name.old"
         root mv -T -- "$root$model" "$root$old"
     fi
-    root mv -T -- "$root$incoming" "$root$model"
+    root mv -T -- "$root$incoming/model" "$root$model"
+    root rm -rf -- "$root$incoming"
 fi
-if [[ ! -e $root/usr/local/bin/llava-deploy || -L $root/usr/local/bin/llava-deploy ]]; then
-    folder /usr/local/bin
-    note link /usr/local/bin/llava-deploy
-    root ln -sfnr -- "$root$prefix/bin/llava-deploy" "$root/usr/local/bin/llava-deploy"
+link=/usr/local/bin/llava-deploy
+if [[ ! -e $root$link && ! -L $root$link ]]; then
+    folder "${link%/*}"
+    note link "$link"
+    root ln -sr -- "$root$prefix/bin/llava-deploy" "$root$link"
+elif [[ ! $root$link -ef $root$prefix/bin/llava-deploy ]]; then
+    say "   $root$link is something else, and stays: call $root$prefix/bin/llava-deploy"
 fi
 done=yes
 
@@ -270,8 +279,12 @@ if [[ $service == yes ]]; then
     # shellcheck source=service.sh
     source "$here/service.sh"
 fi
+used() { # by a process: a service that was not started again, say
+    [[ $dry == no ]] && ${sudo[@]+"${sudo[@]}"} grep -qsFf - /proc/[0-9]*/{cmdline,maps} <<<"$1/"
+}
 # Of before, and of runs that were killed.
 for path in "$root$prefix"/venvs/* "$root${model%/*}/.$name."*; do
-    [[ $path == "$root$venv" || ! -d $path ]] || root rm -rf -- "$path"
+    [[ -d $path && $path != "$root$venv" ]] || continue
+    if used "$path"; then say "   $path is in use, and stays until the next run"; else root rm -rf -- "$path"; fi
 done
 say "Done: llava-deploy is at $root$prefix/bin/llava-deploy. Away with it again: $root$prefix/uninstall.sh"

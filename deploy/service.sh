@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # The part of install.sh that makes the service; it is sourced there and uses what stands there.
 : "${prefix:?}" "${model:?}" "${name:?}" "${here:?}" "${extras:?}" "${venv:?}" "${archive?}" "${before?}"
+: "${work:?}" "${systemd:?}" "${dry:?}"
 
 unit="llava-deploy@$name.service" place=/etc/systemd/system/llava-deploy@.service
 version="$(systemctl --version 2>/dev/null | awk 'NR == 1 { print $2 }')"
@@ -11,12 +12,15 @@ rendered() {
     fi
     sed "${changes[@]}" -- "$here/llava-deploy@.service"
 }
+units=("$place" "$place.d/gpu.conf" "$place.d/jetson.conf")
+for path in "${units[@]}"; do
+    [[ $dry == yes || ! -f $root$path ]] || cp -- "$root$path" "$work/"
+done
 rendered | write "$place" 644
 case $extras in
     *rtx* | *tensorrt* | *gpu*) write "$place.d/gpu.conf" 644 <"$here/gpu.conf" ;;
     jetson) write "$place.d/jetson.conf" 644 <"$here/jetson.conf" ;;
 esac
-printf 'u llava-deploy - "answers questions about pictures"\n' | write /etc/sysusers.d/llava-deploy.conf 644
 if [[ -n $archive && ! -e $root/etc/llava-deploy/$name.env ]]; then
     # shellcheck disable=SC2016
     printf '# Of the service %s; see: llava-deploy serve --help\nLLAVA_DEPLOY_OPTIONS=\n' "$unit" |
@@ -24,11 +28,9 @@ if [[ -n $archive && ! -e $root/etc/llava-deploy/$name.env ]]; then
 fi
 if [[ -n $root ]]; then
     say "   The unit is written; in that system: systemd-sysusers, then systemctl enable $unit"
-elif [[ -z $version || ! -d /run/systemd/system ]]; then
+elif [[ $systemd == no ]]; then
     say "   systemd does not run here: the unit is written, and nothing was started"
 else
-    getent passwd llava-deploy >/dev/null || note user llava-deploy
-    root systemd-sysusers /etc/sysusers.d/llava-deploy.conf
     root systemctl daemon-reload
     if [[ -n $archive ]]; then
         note unit "$unit"
@@ -38,6 +40,10 @@ else
             if [[ -n $before ]]; then
                 say "   Back to what ran before" >&2
                 back
+                for path in "${units[@]}"; do
+                    if [[ -f $work/${path##*/} ]]; then root install -m 644 -- "$work/${path##*/}" "$path"; else root rm -f -- "$path"; fi
+                done
+                root systemctl daemon-reload
                 root systemctl restart "$unit" || true
                 root rm -rf -- "$venv"
             fi

@@ -1,0 +1,48 @@
+"""What install.sh would run, as it says itself."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+INSTALL = Path(__file__).resolve().parents[2] / "deploy" / "install.sh"
+
+
+def dry_run(*options: object, environment: dict[str, str]) -> str:
+    command = [INSTALL, "--dry-run", *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    return done.stdout.replace("\\", "")
+
+
+def test_root_never_reads_an_archive(
+    package: Path, archive: Path, tmp_path: Path, deploy_environment: dict[str, str]
+) -> None:
+    """A dry run on this machine itself: below a root of its own, it is whoever calls."""
+    sudo = tmp_path / "sudo"
+    sudo.write_text("#!/bin/sh\nexit 1\n")
+    sudo.chmod(0o755)
+    environment = {**deploy_environment, "PATH": f"{tmp_path}:{deploy_environment['PATH']}"}
+    options = ("--wheel", package, "--archive", archive, "--python", sys.executable, "--no-service")
+    commands = re.findall(r"^  \$ (.*)", dry_run(*options, environment=environment), re.MULTILINE)
+    steps = [line for line in commands if str(archive) in line or "selftest /" in line]
+    assert [re.findall(r" -r |unpack|selftest", line)[-1] for line in steps] == [" -r ", "unpack", "selftest"]
+    plain = r"(sudo )?setsid -w setpriv --reuid=nobody --regid=\w+ --clear-groups --no-new-privs env -i "
+    assert all(re.match(plain, line) for line in steps)
+    last = commands.index(steps[-1])
+    assert re.search(r"chown nobody -- ", commands[commands.index(steps[0]) + 1])
+    after = zip(commands[last + 1 :], ("chown root: -- ", "chown -hR root: -- ", "chmod -R go-w -- "), strict=False)
+    assert all(wanted in line for line, wanted in after)
+
+
+def test_a_command_of_somebody_else_stays(package: Path, tmp_path: Path, deploy_environment: dict[str, str]) -> None:
+    command = tmp_path / "usr" / "local" / "bin" / "llava-deploy"
+    options = ("--root", tmp_path, "--wheel", package, "--python", sys.executable, "--no-service")
+    assert "usr/local/bin/llava-deploy" in dry_run(*options, environment=deploy_environment)
+    command.parent.mkdir(parents=True)
+    command.symlink_to("/somewhere/else")
+    said = dry_run(*options, environment=deploy_environment)
+    assert f"{command} is something else, and stays" in said
+    assert not re.search(r"^  \$ .*usr/local", said, re.MULTILINE)
