@@ -64,12 +64,21 @@ def test_a_driver_too_old_for_the_wheel_names_the_other_wheel(machine: FakeMachi
     machine.add_card()
     machine.add_tensorrt_rtx(cuda=13)
     diagnosis = diagnose()
-    assert not diagnosis.backends[2].runs
+    assert (diagnosis.backends[2].runs, diagnosis.backends[2].lacks) == (False, ("driver",))
     fault = diagnosis.findings[0]
     assert fault.level == "fault"
     assert "the driver is too old: it is for CUDA 12.4, and what is installed is for CUDA 13" in fault.found
     assert "580 or later" in fault.advice
     assert "pip install tensorrt-rtx-cu12 'cuda-python==12.*'" in fault.advice
+
+
+def test_a_library_that_speaks_of_something_too_old_is_no_old_driver(machine: FakeMachine, diagnose: Diagnose) -> None:
+    machine.add_card()
+    machine.add_tensorrt_rtx()
+    machine.probes["module tensorrt_rtx"] = {"error": "ImportError: libstdc++.so.6 is too old"}
+    diagnosis = diagnose()
+    assert diagnosis.backends[2].lacks == ("package",)
+    assert any(each.found.startswith(f"{RTX_4090['name']} is there, but: ") for each in diagnosis.findings)
 
 
 def test_a_driver_too_old_for_all_has_to_be_updated(machine: FakeMachine, diagnose: Diagnose) -> None:
