@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_NEW_TOKENS = 256
 _MEGABYTE = 1 << 20
+_CHARACTERS = 256  # a token of context: far more than any has, where text is text
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ class ServeRequest:
     max_len: int | None
     threads: int | None
 
-    def options(self) -> ServeOptions:
-        """What it takes on."""
+    def options(self, max_len: int) -> ServeOptions:
+        """What it takes on, of a model with ``max_len`` tokens of context."""
         from llava_deploy.runtime.serve.requests import Allowed
         from llava_deploy.runtime.serve.service import ServeOptions
 
         default = min(_DEFAULT_NEW_TOKENS, self.max_new_tokens)
-        allowed = Allowed(self.max_new_tokens, default, self.max_images, self.pictures)
+        allowed = Allowed(self.max_new_tokens, default, self.max_images, self.pictures, _CHARACTERS * max_len)
         line = self.max_request * _MEGABYTE
         return ServeOptions(allowed, self.waiting, self.clients, line, float(self.patience), float(self.step))
 
@@ -118,7 +119,7 @@ def serve(bundle: Path, request: ServeRequest) -> None:
     with claimed(request.socket):
         llava = load_bundle(bundle, request.backend, request.max_len, request.threads)
         log = _silent if quiet() else functools.partial(click.secho, err=True, dim=True)
-        service = Service(llava, request.options(), log)
+        service = Service(llava, request.options(llava.max_len), log)
         listener = listen(request.socket, request.mode)
         say(f"listening on {request.socket}")
         for number in (signal.SIGTERM, signal.SIGINT):

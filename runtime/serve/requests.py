@@ -29,12 +29,15 @@ class Allowed:
         default_new_tokens: where a request does not say.
         images: of one request, at most.
         pictures: the directory whose files a request may name; ``None``: pictures come as data URIs alone.
+        characters: of a request's text, at most: a text is cut into tokens before anybody knows that they are too many,
+            and everybody waits meanwhile.
     """
 
     new_tokens: int
     default_new_tokens: int
     images: int
     pictures: Path | None
+    characters: int
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ def parse_question(value: Mapping[str, Any], allowed: Allowed) -> Question:
         raise OptionError("max_new_tokens", f"want a whole number from 1 to {allowed.new_tokens}, got {new_tokens!r}")
     sampling = SamplingOptions(**{name: value[name] for name in _SAMPLING if name in value})
     messages, images = _asked(value, allowed)
+    _require_short(messages, allowed)
     prompt = value.get("prompt", "")
     if raw and "prompt" not in value:
         raise InputError("raw: only a prompt can be taken as it is; leave raw out with messages")
@@ -165,6 +169,14 @@ def _asked(value: Mapping[str, Any], allowed: Allowed) -> tuple[list[dict[str, A
     found = images_of(messages)  # which also says what is wrong with the form of any message
     _require_few(len(found), allowed)
     return messages, _pictures(found, allowed)
+
+
+def _require_short(messages: Sequence[Mapping[str, Any]], allowed: Allowed) -> None:
+    contents = [message["content"] for message in messages]
+    parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
+    found = sum(len(part.get("text", "")) for content in parts for part in content)
+    if found > allowed.characters:
+        raise PromptError(f"want at most {allowed.characters:,} characters of text in one request, got {found:,}")
 
 
 def _require_few(count: int, allowed: Allowed) -> None:

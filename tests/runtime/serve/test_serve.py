@@ -106,6 +106,7 @@ BAD = [
     ({"prompt": "x", "messages": []}, "want either prompt or messages"),
     ({"prompt": 1}, "prompt: want text, got int"),
     ({"prompt": "\ud800"}, "not valid Unicode"),
+    ({"prompt": "x" * 500_000}, "want at most 262,144 characters of text in one request, got 500,000"),
     ({"prompt": "x", "colour": 1}, "unknown: colour; a request has prompt, messages"),
     ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens: want a whole number from 1 to 40, got 0"),
     ({"prompt": "x", "max_new_tokens": 41}, "max_new_tokens: want a whole number from 1 to 40, got 41"),
