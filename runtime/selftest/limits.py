@@ -45,8 +45,8 @@ _TIMES = 4.0
 had been rounded, which chance knows nothing of."""
 
 _TIMES_SHIFT, _TIMES_RECORDED = 3.0, 2.5
-"""Likewise of :func:`shift_stage`, and of what the goldens were rounded by. Measured: 0.55 of both together at most, on the
-shipped model and on a decoder of SmolLM2's weights."""
+"""Likewise of :func:`shift_stage`, and of what the goldens were rounded by. Measured: 0.55 of both together at most,
+on the shipped model and on a decoder of SmolLM2's weights."""
 
 
 @dataclass(frozen=True)
