@@ -11,7 +11,7 @@ INSTALL = Path(__file__).resolve().parents[2] / "deploy" / "install.sh"
 
 
 def dry_run(*options: object, environment: dict[str, str]) -> str:
-    command = [INSTALL, "--dry-run", *map(str, options)]
+    command = [str(part) for part in (INSTALL, "--dry-run", *options)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
     assert done.returncode == 0, (done.stdout, done.stderr)
     return done.stdout.replace("\\", "")
