@@ -113,13 +113,14 @@ class Rounding:
 
     def _limits(self, own: np.ndarray, every: np.ndarray) -> Limits:
         chance = max(float(each.mean(dtype=np.float64)) for each in (own, every))
-        most = TOLERANCE[self.precision]
+        largest = float(every.max())
         if self.arithmetic is Arithmetic.INTEGERS:
-            most = min(QUANTIZED_TOLERANCE, max(INT8_TOLERANCE, _TIMES * chance))
-        if self.arithmetic is not Arithmetic.FLOATS:
+            wide = [max(INT8_TOLERANCE, times) for times in ((_TIMES + 1) * largest, _TIMES * chance)]
+            return Limits(min(QUANTIZED_TOLERANCE, wide[0]), min(QUANTIZED_TOLERANCE, wide[1]), chance)
+        most = TOLERANCE[self.precision]
+        if self.arithmetic is Arithmetic.GPU:
             return Limits(most, most, chance)
         worst, mean = self.recorded
-        largest = float(every.max())
         return Limits(min(most, worst + (_TIMES + 1) * largest), min(most, mean + _TIMES * chance), chance)
 
 
