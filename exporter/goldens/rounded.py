@@ -2,56 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
 
 from llava_deploy.exporter.checkpoint import Checkpoint
-from llava_deploy.exporter.sources.tensors import TensorSource
+from llava_deploy.exporter.sources.tensors import DerivedTensor, TensorSource
 
 
-@dataclass(frozen=True)
-class RoundedTensor:
+class RoundedTensor(DerivedTensor):
     """A tensor, its values rounded to float16."""
-
-    source: TensorSource
 
     @property
     def name(self) -> str:
-        """See :class:`~llava_deploy.exporter.sources.tensors.TensorSource`, also for the rest."""
+        """The source's."""
         return self.source.name
-
-    @property
-    def key(self) -> str:
-        """The file's own name."""
-        return self.source.key
 
     @property
     def dtype(self) -> str:
         """Of what ``read`` gives."""
         return "float16"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes, outermost first."""
-        return self.source.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its values in their file."""
-        return self.source.nbytes
-
-    @property
-    def origin(self) -> str:
-        """File and key, for messages."""
-        return self.source.origin
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that its values come from."""
-        return self.source.files
 
     def read(self) -> np.ndarray:
         """The values, of ``shape``."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from llava_deploy.engines.errors import CheckpointError
 from llava_deploy.exporter.layouts.fields import Fields
-from llava_deploy.exporter.sources.tensors import TensorSource, open_file, require_dtype
+from llava_deploy.exporter.sources.tensors import DerivedTensor, TensorSource, open_file, require_dtype
 from llava_deploy.exporter.sources.weight_files import ADAPTER_FILES, find_file
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -63,53 +63,32 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class MergedTensor:
+class MergedTensor(DerivedTensor):
     """A weight with an adapter's delta, added up in float32 and stored in the weight's dtype."""
 
     name: str
-    base: TensorSource
     delta: Delta
-
-    @property
-    def key(self) -> str:
-        """That of the base weight."""
-        return self.base.key
-
-    @property
-    def dtype(self) -> str:
-        """That of the base weight."""
-        return self.base.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the base weight."""
-        return self.base.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the base weight."""
-        return self.base.nbytes
 
     @property
     def origin(self) -> str:
         """Both files and keys."""
-        return f"{self.base.origin} with {self.delta.up.origin}"
+        return f"{self.source.origin} with {self.delta.up.origin}"
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The base weight's and the adapter's."""
-        return tuple(dict.fromkeys((*self.base.files, *self.delta.up.files, *self.delta.down.files)))
+        return tuple(dict.fromkeys((*self.source.files, *self.delta.up.files, *self.delta.down.files)))
 
     def read(self) -> np.ndarray:
         """The merged values."""
-        dtype = require_dtype(self.base)
+        dtype = require_dtype(self.source)
         up, down = (_wide(source) for source in (self.delta.up, self.delta.down))
         merged: np.ndarray = up @ down  # [out, in]
         merged *= np.float32(self.delta.scaling)
         if self.delta.is_embedding:
             merged = merged.T
         with np.errstate(over="ignore"):  # whoever writes the values checks that they are finite
-            merged = merged + self.base.read()
+            merged = merged + self.source.read()
         return merged.astype(dtype)
 
 
@@ -129,7 +108,7 @@ def merged(base: TensorSource, delta: Delta) -> MergedTensor:
             f"{delta.up.origin}: adapts a weight of shape {list(delta.shape)}, found {list(base.shape)} in "
             f"{base.origin}; is this the base model that the adapter was trained on?"
         )
-    return MergedTensor(base.name, base, delta)
+    return MergedTensor(base, base.name, delta)
 
 
 def open_adapter(directory: Path) -> Adapter:

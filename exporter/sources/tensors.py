@@ -79,6 +79,49 @@ class TensorSource(Protocol):
         """
 
 
+@dataclasses.dataclass(frozen=True)
+class DerivedTensor:
+    """A tensor whose values are made of another one's; the rest is that one's, where a subclass says no more.
+
+    Subclasses have a name and ``read``.
+
+    Attributes:
+        source: the other one.
+    """
+
+    source: TensorSource
+
+    @property
+    def key(self) -> str:
+        """See :class:`TensorSource`, also for the rest."""
+        return self.source.key
+
+    @property
+    def dtype(self) -> str:
+        """Of what ``read`` gives."""
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes, outermost first."""
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the source's values."""
+        return self.source.nbytes
+
+    @property
+    def origin(self) -> str:
+        """File and key, for messages."""
+        return self.source.origin
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that its values come from."""
+        return self.source.files
+
+
 Source = TypeVar("Source", bound=TensorSource)
 
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llava_deploy.engines.errors import InputError
 from llava_deploy.engines.manifest import QuantizationRecipe
 from llava_deploy.engines.names import Backend, Precision
-from llava_deploy.engines.plain import from_plain
 from llava_deploy.runtime.bench.options import BenchOptions
+from llava_deploy.runtime.result_file import ResultForm
 
 SCHEMA_VERSION = 1
 BandwidthKind = Literal["host read", "device copy"]
@@ -224,19 +223,4 @@ def read_report(path: Path) -> Report:
     Raises:
         InputError: no file, not JSON, or of another schema.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); want a result of llava-deploy bench") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON, or only a part of it ({error}); {_AGAIN}") from error
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if type(schema) is not int or schema != SCHEMA_VERSION:
-        found = "none" if schema is None else f"{schema!r:.40}"
-        wanted = f"want a result of llava-deploy bench, of schema {SCHEMA_VERSION}"
-        raise InputError(f"{path}: {wanted}, found {found}; {_AGAIN}")
-    try:
-        report: Report = from_plain(Report, data, "result")
-    except (TypeError, OverflowError, InputError) as error:
-        raise InputError(f"{path}: {error}; {_AGAIN}") from error
-    return report
+    return ResultForm(Report, SCHEMA_VERSION, "llava-deploy bench", "result", _AGAIN).read(path)

@@ -15,10 +15,10 @@ from typing import Literal
 from llava_deploy.engines.contract import DecoderShape, VisionShape
 from llava_deploy.engines.errors import InputError
 from llava_deploy.engines.manifest import FileEntry, ModelCard, QuantizationRecipe
-from llava_deploy.engines.plain import from_plain
 from llava_deploy.runtime.agreement import Agreement
 from llava_deploy.runtime.bench.report import Report as Speed
 from llava_deploy.runtime.evaluation import Score
+from llava_deploy.runtime.result_file import ResultForm
 
 SCHEMA_VERSION = 1
 State = Literal["passed", "failed", "not shown"]
@@ -247,21 +247,7 @@ def read_record(path: Path) -> Record:
     Raises:
         InputError: no file, not JSON, of another schema, or without a bundle.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); want a result of llava-deploy report") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON, or only a part of it ({error}); {_AGAIN}") from error
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if type(schema) is not int or schema != SCHEMA_VERSION:
-        found = "none" if schema is None else f"{schema!r:.40}"
-        wanted = f"want a result of llava-deploy report, of schema {SCHEMA_VERSION}"
-        raise InputError(f"{path}: {wanted}, found {found}; {_AGAIN}")
-    try:
-        record: Record = from_plain(Record, data, "report")
-    except (TypeError, OverflowError, InputError) as error:
-        raise InputError(f"{path}: {error}; {_AGAIN}") from error
+    record = ResultForm(Record, SCHEMA_VERSION, "llava-deploy report", "report", _AGAIN).read(path)
     labels = [one.card.label for one in record.bundles]
     if not labels or len({*labels}) != len(labels):
         raise InputError(f"{path}: want bundles of different labels, found {labels}; {_AGAIN}")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
 
 from llava_deploy.exporter.checkpoint import Checkpoint
-from llava_deploy.exporter.sources.tensors import TensorSource
+from llava_deploy.exporter.sources.tensors import DerivedTensor
 from llava_deploy.runtime import Llava
 
 DECODER = ("language_model.", "lm_head.")
@@ -19,37 +18,16 @@ PROJECTOR = ("projector.",)
 
 
 @dataclass(frozen=True)
-class Changed:
+class Changed(DerivedTensor):
     """A tensor with noise on it, a part of its own size."""
 
     name: str
-    source: TensorSource
     seed: int
     amount: float
 
     @property
-    def key(self) -> str:
-        return self.source.key
-
-    @property
     def dtype(self) -> str:
         return "float32"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.source.nbytes
-
-    @property
-    def origin(self) -> str:
-        return self.source.origin
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self.source.files
 
     def read(self) -> np.ndarray:
         values = np.asarray(self.source.read()).astype(np.float32)
@@ -60,7 +38,7 @@ class Changed:
 def finetuned(checkpoint: Checkpoint, beginnings: tuple[str, ...], seed: int = 1, amount: float = 0.5) -> Checkpoint:
     """With other values of the tensors whose names begin so."""
     tensors = {
-        name: Changed(name, source, seed, amount) if name.startswith(beginnings) else source
+        name: Changed(source, name, seed, amount) if name.startswith(beginnings) else source
         for name, source in checkpoint.tensors.items()
     }
     return dataclasses.replace(checkpoint, tensors=MappingProxyType(tensors))
