@@ -245,10 +245,11 @@ def build(
 ) -> None:
     """Make a bundle's engine for one backend.
 
-    onnxruntime: on this machine's processor. tensorrt: for this machine's GPU. tensorrt-rtx: TensorRT for RTX, for any
-    GPUs that --sm names, this machine's by default; it needs no GPU.
+    onnxruntime: on this machine's processor. onnxruntime-cuda: for any NVIDIA GPU; it needs none. tensorrt: for this
+    machine's GPU. tensorrt-rtx: TensorRT for RTX, for any GPUs that --sm names, this machine's by default; it needs
+    none.
 
-    An engine takes what it was built for and no more: prompts at once, tokens of context, pictures at once.
+    An engine of TensorRT takes what it was built for and no more: prompts at once, tokens of context, pictures at once.
     """
     from llava_deploy.runtime import terminal
 
@@ -259,6 +260,13 @@ def build(
 
         with terminal.progress("building", quiet=quiet()):
             engine = build_onnxruntime(bundle, accuracy_level=accuracy_level, int8=int8, replace=force)
+    elif backend == "onnxruntime-cuda":
+        refuse_tensorrt_options(f"of no effect with --backend {backend}")
+        refuse_given(f"of no effect with --backend {backend}", "accuracy_level", "int8")
+        from llava_deploy.engines.onnxruntime_cuda_builder import build_onnxruntime_cuda
+
+        with terminal.progress("building", quiet=quiet()):
+            engine = build_onnxruntime_cuda(bundle, replace=force)
     else:
         refuse_given(f"of no effect with --backend {backend}", "accuracy_level", "int8")
         from llava_deploy.engines.tensorrt.builder import build_tensorrt

@@ -19,6 +19,10 @@ def build_default(bundle: Path, backend: Backend, on_warning: Callable[[str], No
         from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
 
         return build_onnxruntime(bundle)
+    if backend == "onnxruntime-cuda":
+        from llava_deploy.engines.onnxruntime_cuda_builder import build_onnxruntime_cuda
+
+        return build_onnxruntime_cuda(bundle)
     from llava_deploy.engines.tensorrt.builder import build_tensorrt
     from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions
 

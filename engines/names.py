@@ -7,8 +7,10 @@ from typing import Literal
 Precision = Literal["fp32", "fp16", "int4", "int4-awq"]
 """Of a bundle: fp32 and fp16 throughout, or fp16 with the decoder's weights in int4."""
 
-Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
-"""What runs the graphs. ``tensorrt-rtx`` is TensorRT for RTX: the same API, engines compiled for the GPU on it."""
+Backend = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
+"""What runs the graphs. ``onnxruntime`` is on the CPU, ``onnxruntime-cuda`` on an NVIDIA GPU, through CUDA's provider.
+``tensorrt-rtx`` is TensorRT for RTX: the same API as TensorRT's, engines compiled for the GPU on it.
+"""
 
 CacheForm = Literal["in-place", "growing"]
 """How a decoder keeps keys and values: written into buffers of a fixed length, or each step's appended to the last's.

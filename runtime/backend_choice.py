@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
@@ -22,11 +22,25 @@ from llava_deploy.engines.names import AccuracyLevel, Backend, Int8Part
 from llava_deploy.engines.processor import has_int8_products
 from llava_deploy.engines.tensorrt_module import SPOKEN, TensorRtBackend
 from llava_deploy.runtime.bundle import Bundle
+from llava_deploy.runtime.cuda_choice import CudaChoice, choose_cuda, has_cuda_engine
 from llava_deploy.runtime.onnxruntime_backend import onnxruntime_version
 from llava_deploy.runtime.tensorrt_choice import TensorRtChoice, choose_tensorrt, engine_directories
 
 BackendName: TypeAlias = "Backend | Literal['auto']"
 """What may be asked for; ``auto`` takes the best that there is."""
+
+GpuBackend: TypeAlias = "TensorRtBackend | Literal['onnxruntime-cuda']"
+
+GPU_BACKENDS: tuple[GpuBackend, ...] = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
+"""Best first: what ``auto`` takes."""
+
+SPOKEN_BACKENDS: Mapping[Backend, str] = {
+    "onnxruntime": "ONNX Runtime",
+    "onnxruntime-cuda": "ONNX Runtime on CUDA",
+    "tensorrt": SPOKEN["tensorrt"],
+    "tensorrt-rtx": SPOKEN["tensorrt-rtx"],
+}
+"""What people call them."""
 
 _GPU_FILES = tuple(map(Path, ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu")))
 """What NVIDIA's driver makes on Linux, on PCs and on Jetson boards."""
@@ -69,11 +83,20 @@ class OnnxRuntimeChoice:
     accuracy_level: AccuracyLevel | None
     reason: str
 
+    @property
+    def backend(self) -> Backend:
+        """What loads them."""
+        return "onnxruntime"
 
-def choose(bundle: Bundle, wanted: Wanted, integrity: Integrity) -> OnnxRuntimeChoice | TensorRtChoice:
+
+GpuChoice: TypeAlias = "TensorRtChoice | CudaChoice"
+
+
+def choose(bundle: Bundle, wanted: Wanted, integrity: Integrity) -> OnnxRuntimeChoice | GpuChoice:
     """Choose the backend, and the files that it loads.
 
-    ``auto`` tries TensorRT, then TensorRT for RTX, each only where the bundle has an engine of it, then ONNX Runtime.
+    ``auto`` tries TensorRT, then TensorRT for RTX, then ONNX Runtime on CUDA, each only where the bundle has an engine
+    of it, then ONNX Runtime on the CPU.
 
     Raises:
         BundleError: an engine is damaged.
@@ -82,26 +105,38 @@ def choose(bundle: Bundle, wanted: Wanted, integrity: Integrity) -> OnnxRuntimeC
     """
     if wanted.backend == "onnxruntime":
         return choose_onnxruntime(bundle, onnxruntime_version(), wanted.accuracy_level, integrity)
-    others = _of_onnxruntime_alone(wanted)
     if wanted.backend != "auto":
-        if others is not None:
-            raise OptionError(others, f"only ONNX Runtime has it; leave it out for {SPOKEN[wanted.backend]}")
-        return choose_tensorrt(bundle, wanted.backend, wanted.max_len)
+        return _choose_gpu(bundle, wanted.backend, wanted, integrity)
     refusals = []
-    for backend in get_args(TensorRtBackend):
-        if not engine_directories(bundle, backend):
+    for backend in GPU_BACKENDS:
+        if not _has_engine(bundle, backend):
             continue
         try:
-            if others is not None:
-                raise OptionError(others, "only ONNX Runtime has it")
-            return choose_tensorrt(bundle, backend, wanted.max_len)
+            return _choose_gpu(bundle, backend, wanted, integrity)
         except (BackendError, OptionError) as error:
-            refusals.append(f"not {SPOKEN[backend]}: {error}")
+            refusals.append(f"not {SPOKEN_BACKENDS[backend]}: {error}")
     return fall_back(bundle, wanted, integrity, refusals)
 
 
+def _has_engine(bundle: Bundle, backend: GpuBackend) -> bool:
+    if backend == "onnxruntime-cuda":
+        return has_cuda_engine(bundle)
+    return bool(engine_directories(bundle, backend))
+
+
+def _choose_gpu(bundle: Bundle, backend: GpuBackend, wanted: Wanted, integrity: Integrity) -> GpuChoice:
+    given = {"accuracy_level": wanted.accuracy_level, "threads": wanted.threads}
+    others = [name for name, value in given.items() if value is not None]
+    if others:
+        reason = f"only ONNX Runtime on the CPU has it; leave it out for {SPOKEN_BACKENDS[backend]}"
+        raise OptionError(others[0], reason)
+    if backend == "onnxruntime-cuda":
+        return choose_cuda(bundle, integrity)
+    return choose_tensorrt(bundle, backend, wanted.max_len)
+
+
 def fall_back(bundle: Bundle, wanted: Wanted, integrity: Integrity, refusals: Sequence[str]) -> OnnxRuntimeChoice:
-    """ONNX Runtime, saying why not TensorRT: ``refusals``, or that there is no engine though there is a GPU.
+    """ONNX Runtime on the CPU, saying why no GPU: ``refusals``, or that there is no engine though there is a GPU.
 
     Raises:
         BundleError: the engine for this version is there but damaged.
@@ -113,8 +148,8 @@ def fall_back(bundle: Bundle, wanted: Wanted, integrity: Integrity, refusals: Se
     except BackendError as error:
         raise BackendError("; ".join([str(error), *refusals])) from error
     if not refusals and any(path.exists() for path in _GPU_FILES):
-        build = f"llava-deploy build {bundle.directory} --backend tensorrt-rtx"
-        refusals = [f"this machine has an NVIDIA GPU: {build} makes the bundle run on it"]
+        build = f"llava-deploy build {bundle.directory} --backend onnxruntime-cuda"
+        refusals = [f"this machine has an NVIDIA GPU: {build} makes the bundle run on it, or tensorrt-rtx, tensorrt"]
     return replace(choice, reason="; ".join([choice.reason, *refusals]))
 
 
@@ -161,9 +196,3 @@ def choose_onnxruntime(
 
 def _canonical(bundle: Bundle, level: AccuracyLevel | None, reason: str) -> OnnxRuntimeChoice:
     return OnnxRuntimeChoice(bundle.path(VISION_GRAPH), bundle.path(DECODER_GRAPH), None, (), level, reason)
-
-
-def _of_onnxruntime_alone(wanted: Wanted) -> str | None:
-    """An option that was given and that TensorRT has not."""
-    given = {"accuracy_level": wanted.accuracy_level, "threads": wanted.threads}
-    return next((name for name, value in given.items() if value is not None), None)

@@ -8,10 +8,10 @@ from llava_deploy.engines.engine_manifest import VISION_PLAN, decoder_plans
 from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.engines.integrity import Integrity
 from llava_deploy.engines.names import Backend
-from llava_deploy.engines.tensorrt_module import SPOKEN
 from llava_deploy.runtime.backend import DecoderSession, VisionSession
-from llava_deploy.runtime.backend_choice import OnnxRuntimeChoice, Wanted, choose, fall_back
+from llava_deploy.runtime.backend_choice import SPOKEN_BACKENDS, GpuChoice, OnnxRuntimeChoice, Wanted, choose, fall_back
 from llava_deploy.runtime.bundle import Bundle
+from llava_deploy.runtime.cuda_choice import CudaChoice
 from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeDecoder, OnnxRuntimeOptions, OnnxRuntimeVision
 from llava_deploy.runtime.tensorrt_choice import TensorRtChoice
 
@@ -25,12 +25,12 @@ class Sessions:
 
     vision: VisionSession
     decoder: DecoderSession
-    choice: OnnxRuntimeChoice | TensorRtChoice
+    choice: OnnxRuntimeChoice | GpuChoice
 
     @property
     def backend(self) -> Backend:
         """What runs them."""
-        return self.choice.module.backend if isinstance(self.choice, TensorRtChoice) else "onnxruntime"
+        return self.choice.backend
 
     @property
     def reason(self) -> str:
@@ -50,19 +50,34 @@ def open_sessions(bundle: Bundle, wanted: Wanted, integrity: Integrity) -> Sessi
     if wanted.max_len is not None and (type(wanted.max_len) is not int or not 1 <= wanted.max_len <= positions):
         raise OptionError("max_len", f"want 1 to {positions}, the model's positions, got {wanted.max_len!r}")
     choice = choose(bundle, wanted, integrity)
-    if isinstance(choice, TensorRtChoice):
+    if not isinstance(choice, OnnxRuntimeChoice):
         try:
-            return _open_tensorrt(bundle, choice)
+            if isinstance(choice, TensorRtChoice):
+                return _open_tensorrt(bundle, choice)
+            return _open_cuda(bundle, choice, wanted)
         except BackendError as error:  # no memory on the GPU, say
             if wanted.backend != "auto":
                 raise
-            choice = fall_back(bundle, wanted, integrity, [f"not {SPOKEN[choice.module.backend]}: {error}"])
+            choice = fall_back(bundle, wanted, integrity, [f"not {SPOKEN_BACKENDS[choice.backend]}: {error}"])
     return _open_onnxruntime(bundle, choice, wanted)
+
+
+def _slots(bundle: Bundle, wanted: Wanted) -> int:
+    positions = bundle.manifest.decoder.max_positions
+    return min(DEFAULT_MAX_LEN, positions) if wanted.max_len is None else wanted.max_len
+
+
+def _open_cuda(bundle: Bundle, choice: CudaChoice, wanted: Wanted) -> Sessions:
+    from llava_deploy.runtime.onnxruntime_cuda import OnnxRuntimeCudaDecoder, OnnxRuntimeCudaVision
+
+    vision = OnnxRuntimeCudaVision(choice.vision, bundle.manifest.vision)
+    decoder = OnnxRuntimeCudaDecoder(choice.decoder, bundle.manifest.decoder, _slots(bundle, wanted))
+    return Sessions(vision, decoder, choice)
 
 
 def _open_onnxruntime(bundle: Bundle, choice: OnnxRuntimeChoice, wanted: Wanted) -> Sessions:
     shape = bundle.manifest.decoder
-    slots = min(DEFAULT_MAX_LEN, shape.max_positions) if wanted.max_len is None else wanted.max_len
+    slots = _slots(bundle, wanted)
     options = OnnxRuntimeOptions(wanted.threads, choice.accuracy_level)
     vision = OnnxRuntimeVision(choice.vision, bundle.manifest.vision, options, rounds="vision" in choice.int8)
     decoder = OnnxRuntimeDecoder(choice.decoder, shape, slots, options, choice.int8_decoder)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llava_deploy.engines.engine_manifest import ENGINES, read_engine_manifest, source_digest
 from llava_deploy.engines.errors import BackendError, BundleError, OptionError
+from llava_deploy.engines.names import Backend
 from llava_deploy.engines.tensorrt_module import SPOKEN, TensorRtBackend, TensorRtModule, import_tensorrt
 from llava_deploy.engines.tensorrt_recipe import TensorRtRecipe
 from llava_deploy.runtime.bundle import Bundle
@@ -34,6 +35,11 @@ class TensorRtChoice:
     recipe: TensorRtRecipe
     max_len: int
     reason: str
+
+    @property
+    def backend(self) -> Backend:
+        """What loads it."""
+        return self.module.backend
 
 
 def engine_directories(bundle: Bundle, backend: TensorRtBackend) -> list[Path]:

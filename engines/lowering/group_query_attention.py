@@ -13,6 +13,9 @@ told how many of each row's tokens are new, ``query_seqlens``: an input that ONN
 such a step. For them each layer becomes an ``If``: such a step takes the canonical operators, which are moved into its
 one branch as they are, and every other step takes GroupQueryAttention in the other. Both branches write into the bound
 buffers. The branch costs some 10 µs a layer and token.
+
+On a GPU the operator wants one of the lengths on the host. Were it computed in the graph, every step would wait for a
+copy of it; so there the caller states the lengths, as inputs of the graph.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from enum import Enum, auto
 import onnx_ir as ir
 
 from llava_deploy.engines.lowering.nodes import NodeList
+from llava_deploy.engines.onnxruntime_cuda import LAST_SLOTS, TOTAL_SLOTS
 
 _DOMAIN = "com.microsoft"
 _HEAD_DIM = 16  # and its multiples: what the operator rotates in full
@@ -39,6 +43,12 @@ class Form(Enum):
     BRANCH = auto()
     """GroupQueryAttention in a branch, the canonical operators in the other."""
 
+    STATED = auto()
+    """GroupQueryAttention whose lengths are inputs of the graph, as ``engines/onnxruntime_cuda.py`` names them.
+
+    Several rows with several tokens each behind a past it refuses.
+    """
+
 
 class LowerGroupQueryAttention(ir.passes.InPlacePass):
     """``Attention`` over a sliced cache becomes ``GroupQueryAttention``, or an ``If`` with it in one branch.
@@ -51,7 +61,8 @@ class LowerGroupQueryAttention(ir.passes.InPlacePass):
     carried over.
 
     Ensures: results as the canonical graph's but for rounding, under their names; the graph's inputs and outputs, and
-    all other values, are as they were; every layer of the form below is lowered.
+    all other values, are as they were, but for two inputs more of :attr:`Form.STATED`; every layer of the form below is
+    lowered.
 
     Does not cover, and leaves as it is: another form than reshaped and transposed projections, RotaryEmbedding of all
     of q and k by tables ``[positions, head_dim / 2]``, TensorScatter, Slice, Attention by mask without attributes; a
@@ -206,6 +217,16 @@ def _leaks(nodes: set[ir.Node], results: tuple[ir.Value, ...]) -> bool:
 
 
 def _lengths(graph: ir.Graph, form: Form) -> _Lengths:
+    if form is Form.STATED:
+        int32 = ir.TensorType(ir.DataType.INT32)
+        last = ir.Value(name=LAST_SLOTS, type=int32, shape=ir.Shape(["batch"]))
+        stated = ir.Value(name=TOTAL_SLOTS, type=int32, shape=ir.Shape([]))
+        graph.inputs.extend([last, stated])
+        return _Lengths(last=last, total=stated, new=None, refused=None)
+    return _computed_lengths(graph, form)
+
+
+def _computed_lengths(graph: ir.Graph, form: Form) -> _Lengths:
     inputs = {value.name: value for value in graph.inputs}
     embeds, write = inputs["inputs_embeds"], inputs["write_indices"]
     op = NodeList(graph, "attention.lengths")

@@ -80,7 +80,7 @@ def refit_tensorrt(
     """
     engine = read_engine_manifest(old)
     key, recipe = engine.key, engine.key.tensorrt
-    if recipe is None or key.backend == "onnxruntime":
+    if recipe is None or key.backend == "onnxruntime" or key.backend == "onnxruntime-cuda":
         raise BackendError(f"{old}: want an engine of TensorRT, found one for {key.backend}")
     if not recipe.refittable:
         raise BackendError(f"{old}: was built without --refit, so its weights cannot be replaced")

@@ -11,6 +11,7 @@ from llava_deploy.engines.errors import BackendError, BundleError, OptionError
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest
 from llava_deploy.engines.names import SwapPart
 from llava_deploy.engines.onnxruntime_builder import EarlierEngine, build_onnxruntime
+from llava_deploy.engines.onnxruntime_cuda_builder import build_onnxruntime_cuda
 from llava_deploy.engines.onnxruntime_module import import_onnxruntime
 from llava_deploy.engines.tensorrt.refit import Replaced, refit_tensorrt
 from llava_deploy.exporter.config import PROJECTOR
@@ -60,6 +61,9 @@ def renew_engines(bundle: Path, before: Manifest, new: Path, part: SwapPart, say
 
 def _renew(directory: Path, key: EngineKey, before: Manifest, new: Path, part: SwapPart, say: Say) -> str:
     graph, weights = _REPLACED[part]
+    if key.backend == "onnxruntime-cuda":
+        build_onnxruntime_cuda(new)
+        return "was built again"
     if key.backend != "onnxruntime":
         refit_tensorrt(new, directory, Replaced(graph, weights, before), on_warning=say)
         return "was refitted, which no GPU has been seen to do yet: hold it against the goldens, with a selftest"

@@ -9,6 +9,7 @@ from llava_deploy.engines.errors import BackendError
 from llava_deploy.engines.tensorrt_module import TensorRtBackend
 from llava_deploy.runtime.backend_choice import BackendName
 from llava_deploy.runtime.bundle import open_bundle
+from llava_deploy.runtime.cuda_choice import has_cuda_engine
 from llava_deploy.runtime.tensorrt_choice import engine_directories
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def open_device(directory: Path, backend: BackendName) -> Device | None:
     """
     bundle = open_bundle(directory)
     kinds = [kind for kind in get_args(TensorRtBackend) if backend in ("auto", kind)]
-    if not any(engine_directories(bundle, kind) for kind in kinds):
+    on_cuda = backend in ("auto", "onnxruntime-cuda") and has_cuda_engine(bundle)
+    if not on_cuda and not any(engine_directories(bundle, kind) for kind in kinds):
         return None
     from llava_deploy.runtime.tensorrt.cuda import Device
 

@@ -37,7 +37,7 @@ def this_machine(gpu: str | None) -> Machine:
 
 def versions(backend: Backend) -> dict[str, str]:
     """Of Python, of what runs the model, and of what is around it."""
-    if backend == "onnxruntime":
+    if backend == "onnxruntime" or backend == "onnxruntime-cuda":
         runs = {"onnxruntime": onnxruntime_version()}
     else:
         module: TensorRtBackend = backend

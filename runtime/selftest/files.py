@@ -11,7 +11,7 @@ from llava_deploy.engines.errors import BundleError
 from llava_deploy.engines.goldens import Golden, GoldenArray, Goldens, has_goldens, read_golden_array, read_goldens
 from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import FileEntry, Manifest
-from llava_deploy.runtime.backend_choice import OnnxRuntimeChoice, Wanted, choose
+from llava_deploy.runtime.backend_choice import GpuChoice, OnnxRuntimeChoice, Wanted, choose
 from llava_deploy.runtime.bundle import Bundle
 from llava_deploy.runtime.selftest.limits import failed
 from llava_deploy.runtime.stages import StageResult
@@ -24,7 +24,7 @@ class Checked:
 
     result: StageResult
     goldens: Goldens
-    choice: OnnxRuntimeChoice | TensorRtChoice
+    choice: OnnxRuntimeChoice | GpuChoice
 
 
 def check_bundle(bundle: Bundle, wanted: Wanted) -> Checked | StageResult:
@@ -64,7 +64,7 @@ def arrays_of(golden: Golden) -> tuple[GoldenArray, ...]:
     return (*pictures, "inputs_embeds", "logits")
 
 
-def engine_of(bundle: Bundle, choice: OnnxRuntimeChoice | TensorRtChoice) -> Path | None:
+def engine_of(bundle: Bundle, choice: OnnxRuntimeChoice | GpuChoice) -> Path | None:
     """Directory of the engine that was chosen; ``None``: the canonical graphs."""
     home = choice.directory if isinstance(choice, TensorRtChoice) else choice.decoder.parent
     return None if home == bundle.directory else home

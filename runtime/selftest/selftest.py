@@ -21,7 +21,7 @@ from llava_deploy.runtime.encoding import PromptEncoder
 from llava_deploy.runtime.llava import Llava
 from llava_deploy.runtime.loading import Sessions, open_sessions
 from llava_deploy.runtime.selftest.exact import exact_stages, rounds_features, rounds_logits
-from llava_deploy.runtime.selftest.files import Checked, check_bundle, require_goldens, unreadable
+from llava_deploy.runtime.selftest.files import Checked, check_bundle, engine_of, require_goldens, unreadable
 from llava_deploy.runtime.selftest.limits import Arithmetic, Rounding, failed
 from llava_deploy.runtime.selftest.replay import (
     Recorded,
@@ -45,7 +45,6 @@ from llava_deploy.runtime.selftest.report import (
 )
 from llava_deploy.runtime.selftest.surroundings import machine_of, versions_of
 from llava_deploy.runtime.stages import StageResult
-from llava_deploy.runtime.tensorrt_choice import TensorRtChoice
 
 
 def selftest(directory: Path, wanted: Wanted) -> SelftestReport:
@@ -126,11 +125,12 @@ class _Selftest:
             return
         self._checked = checked
         choice = checked.choice
-        if isinstance(choice, TensorRtChoice):
+        if not isinstance(choice, OnnxRuntimeChoice):
             self._sessions = open_sessions(bundle, wanted, Integrity.QUICK)
             if isinstance(self._sessions.choice, OnnxRuntimeChoice):
                 # Whose files, and whose limits, are others.
-                yield NotRun(f"engine {choice.directory.name}", self._sessions.reason)
+                engine = engine_of(bundle, choice)
+                yield NotRun(f"engine {engine.name if engine else choice.backend}", self._sessions.reason)
                 self._sessions = None
                 yield from self._tested(bundle, replace(wanted, backend="onnxruntime"))
                 return
@@ -222,7 +222,7 @@ class _Replay:
 def _roundings(bundle: Bundle, sessions: Sessions) -> tuple[Rounding, Rounding]:
     """Of image features, and of logits."""
     precision, choice = bundle.manifest.model.precision, sessions.choice
-    if isinstance(choice, TensorRtChoice):
+    if not isinstance(choice, OnnxRuntimeChoice):
         on_gpu = Rounding(precision, Arithmetic.GPU)
         return on_gpu, on_gpu
     features, logits = (

@@ -1,0 +1,18 @@
+"""The passes that make a canonical decoder one for ONNX Runtime's CUDA provider, in order."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from llava_deploy.engines.lowering.fused_linears import FuseLinears
+from llava_deploy.engines.lowering.group_query_attention import Form, LowerGroupQueryAttention
+from llava_deploy.engines.lowering.skip_norms import FuseSkipNorms
+from llava_deploy.engines.lowering.unused_inputs import DropUnusedInputs
+
+
+def decoder_passes() -> list[ir.passes.InPlacePass]:
+    """For the decoder; floats stay float16, and quantised weights are fused by ONNX Runtime with their products.
+
+    Weights of floats are as they were, so an engine can have them of the bundle.
+    """
+    return [FuseSkipNorms(), FuseLinears(), LowerGroupQueryAttention(Form.STATED), DropUnusedInputs()]
