@@ -17,16 +17,17 @@ from llava_deploy.engines.errors import BundleError, LlavaDeployError
 from llava_deploy.engines.fitting import Fit, Room
 from llava_deploy.engines.goldens import has_goldens
 from llava_deploy.engines.host_memory import HostMemory
-from llava_deploy.engines.integrity import Integrity
+from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH
 from llava_deploy.engines.names import Backend
+from llava_deploy.engines.onnxruntime_cuda import cuda_key, cuda_refusal
 from llava_deploy.engines.tensorrt_module import SPOKEN, TensorRtBackend, TensorRtModule
-from llava_deploy.runtime.backend_choice import choose_onnxruntime
+from llava_deploy.runtime.backend_choice import SPOKEN_BACKENDS, GpuBackend, choose_onnxruntime
 from llava_deploy.runtime.bundle import Bundle, open_bundle
-from llava_deploy.runtime.doctor.backends import BackendVerdict
 from llava_deploy.runtime.doctor.findings import Finding
 from llava_deploy.runtime.doctor.gpu import Gpu, Graphics
 from llava_deploy.runtime.doctor.packages import Packages
+from llava_deploy.runtime.doctor.verdicts import BackendVerdict
 from llava_deploy.runtime.printable import as_argument
 from llava_deploy.runtime.tensorrt.plans import misfit
 from llava_deploy.runtime.tensorrt_choice import engine_directories
@@ -156,9 +157,12 @@ def _next(directory: Path, backends: tuple[BundleBackend, ...], *, goldens: bool
 
 
 def _with(backend: Backend, bundle: Bundle, here: Here, fit: Fit | None) -> BundleBackend:
-    state, how, command = (
-        _with_onnxruntime(bundle, here) if backend == "onnxruntime" else _with_tensorrt(backend, bundle, here)
-    )
+    if backend == "onnxruntime":
+        state, how, command = _with_onnxruntime(bundle, here)
+    elif backend == "onnxruntime-cuda":
+        state, how, command = _with_cuda(bundle, here)
+    else:
+        state, how, command = _with_tensorrt(backend, bundle, here)
     if fit is None or state == "cannot":
         return BundleBackend(backend, state, how, None, None, command)
     if state == "build first" and fit.build is False:
@@ -179,12 +183,35 @@ def _with_onnxruntime(bundle: Bundle, here: Here) -> tuple[State, str, str]:
     return "runs", choice.reason.partition("; ")[0], "" if built or not here.packages.can_build else command
 
 
+def _with_cuda(bundle: Bundle, here: Here) -> tuple[State, str, str]:
+    """With ONNX Runtime on the GPU: one engine is for every release and every GPU."""
+    verdict, gpu = here.verdict("onnxruntime-cuda"), here.graphics.first
+    key = cuda_key(bundle.manifest)
+    directory = bundle.directory / key.directory
+    if not verdict.runs or gpu is None:
+        return _not_here("onnxruntime-cuda", verdict, has_engine=directory.is_dir())
+    refusal = cuda_refusal(bundle.manifest)
+    if refusal is not None:
+        return "cannot", refusal, ""
+    if not directory.is_dir():
+        return _to_be_built("onnxruntime-cuda", bundle, here, "no engine")
+    try:
+        engine = read_engine_manifest(directory, remedy="build it again")
+        check_files(directory, engine.files, Integrity.QUICK, remedy="build it again")
+    except BundleError as error:
+        return _to_be_built("onnxruntime-cuda", bundle, here, str(error))
+    if engine.key != key:
+        how = f"engine {directory.name} was built from other graphs than the bundle holds"
+        return _to_be_built("onnxruntime-cuda", bundle, here, how)
+    version = here.packages.onnxruntime.version
+    return "runs", f"ONNX Runtime {version} on {gpu.name}, engine {directory.name}", ""
+
+
 def _with_tensorrt(backend: TensorRtBackend, bundle: Bundle, here: Here) -> tuple[State, str, str]:
     verdict, gpu = here.verdict(backend), here.graphics.first
     directories = engine_directories(bundle, backend)
     if not verdict.runs or gpu is None:
-        words = f"{verdict.how}; it has an engine of {SPOKEN[backend]}" if directories else verdict.how
-        return "cannot", words, verdict.missing[0] if directories and verdict.missing else ""
+        return _not_here(backend, verdict, has_engine=bool(directories))
     module = TensorRtModule(backend, None, here.packages.tensorrt[backend].version or "")
     reasons = []
     for directory in directories:
@@ -192,7 +219,16 @@ def _with_tensorrt(backend: TensorRtBackend, bundle: Bundle, here: Here) -> tupl
         if reason is None:
             return "runs", f"{SPOKEN[backend]} {module.version} on {gpu.name}, engine {directory.name}", ""
         reasons.append(reason)
-    how = "; ".join(reasons) or "no engine"
+    return _to_be_built(backend, bundle, here, "; ".join(reasons) or "no engine")
+
+
+def _not_here(backend: GpuBackend, verdict: BackendVerdict, *, has_engine: bool) -> tuple[State, str, str]:
+    words = f"{verdict.how}; it has an engine of {SPOKEN_BACKENDS[backend]}" if has_engine else verdict.how
+    return "cannot", words, verdict.missing[0] if has_engine and verdict.missing else ""
+
+
+def _to_be_built(backend: GpuBackend, bundle: Bundle, here: Here, how: str) -> tuple[State, str, str]:
+    """No engine runs here, for the reason ``how``."""
     if not _has_graphs(bundle):
         return "cannot", f"{how}, and its graphs, to build one from, were left out", ""
     if not here.packages.can_build:

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from llava_deploy.engines.host_memory import HostMemory, host_memory
-from llava_deploy.runtime.doctor.backends import BackendVerdict, judge_backends
+from llava_deploy.runtime.doctor.backends import judge_backends
 from llava_deploy.runtime.doctor.bundles import BundleReport, Here, Planner, bundle_findings, look_at_bundle
 from llava_deploy.runtime.doctor.findings import LEVELS, Finding, host_findings, package_findings, power_findings
 from llava_deploy.runtime.doctor.gpu import Graphics, look_at_graphics
-from llava_deploy.runtime.doctor.gpu_findings import gpu_findings, tensorrt_findings
+from llava_deploy.runtime.doctor.gpu_findings import accelerator_findings, gpu_findings
 from llava_deploy.runtime.doctor.host import Host, Power, look_at_host, look_at_power
 from llava_deploy.runtime.doctor.packages import Packages, look_at_packages
 from llava_deploy.runtime.doctor.system import System
+from llava_deploy.runtime.doctor.verdicts import BackendVerdict
 
 SCHEMA_VERSION = 1
 
@@ -71,7 +72,8 @@ def examine(system: System, bundles: Sequence[Path], planner: Planner) -> Diagno
         planner: says whether a bundle fits.
     """
     host, memory, power = look_at_host(system), host_memory(system.root), look_at_power(system)
-    graphics, packages = look_at_graphics(system), look_at_packages(system)
+    graphics = look_at_graphics(system)
+    packages = look_at_packages(system, has_gpu=graphics.first is not None)
     disk = system.disk(bundles[0] if bundles else Path.cwd())
     verdicts = judge_backends(host, graphics, packages)
     here = Here.of(memory, graphics, packages, verdicts)
@@ -79,7 +81,7 @@ def examine(system: System, bundles: Sequence[Path], planner: Planner) -> Diagno
     found = [
         *bundle_findings(reports),
         *gpu_findings(host, graphics, system.environment.get("CUDA_VISIBLE_DEVICES")),
-        *tensorrt_findings(host, graphics, packages, verdicts),
+        *accelerator_findings(host, graphics, packages, verdicts),
         *package_findings(packages, verdicts, has_gpu=graphics.first is not None),
         *host_findings(host, memory, disk),
         *power_findings(host, power),

@@ -1,8 +1,7 @@
 """What there is to say about the host and the packages: from what is well to what is broken, each with what to do.
 
 Sources: the wheels of ONNX Runtime and TensorRT for RTX are ``manylinux_2_28``; ONNX Runtime's packages
-exclude each other (its issue 26996: with both, the CUDA provider is gone); its CUDA provider wants the CUDA and cuDNN
-libraries of its version (onnxruntime.ai, "CUDA Execution Provider", "Requirements").
+exclude each other (its issue 26996: with both, the CUDA provider is gone).
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from typing import Literal, get_args
 
 from llava_deploy.engines.host_memory import HostMemory
 from llava_deploy.engines.tensorrt_module import SPOKEN
-from llava_deploy.runtime.doctor.backends import INSTALL_CPU, BackendVerdict
+from llava_deploy.runtime.doctor.backends import INSTALL_CPU, INSTALL_GPU
 from llava_deploy.runtime.doctor.host import Host, Power
 from llava_deploy.runtime.doctor.packages import Library, Packages
+from llava_deploy.runtime.doctor.verdicts import BackendVerdict, anew
 
 Level = Literal["fault", "warning", "hint", "ok"]
 """From worst to best: something is broken; it works, but worse than it could; there could be more; well."""
@@ -127,7 +127,9 @@ def power_findings(host: Host, power: Power) -> Iterator[Finding]:
 
 def package_findings(packages: Packages, verdicts: tuple[BackendVerdict, ...], has_gpu: bool) -> Iterator[Finding]:
     """About what is installed; ``has_gpu`` says that CUDA can use one, without which TensorRT is of no use."""
-    yield from _onnxruntime_findings(packages, any(verdict.runs for verdict in verdicts))
+    is_for_gpu = has_gpu and "onnxruntime-gpu" in packages.onnxruntime.packages
+    install = INSTALL_GPU if is_for_gpu else INSTALL_CPU
+    yield from _onnxruntime_findings(packages.onnxruntime, install, any(verdict.runs for verdict in verdicts))
     for backend, library in packages.tensorrt.items():
         if library.trouble:
             yield Finding(
@@ -149,31 +151,23 @@ def package_findings(packages: Packages, verdicts: tuple[BackendVerdict, ...], h
 _INSTALL_BUILD = "pip install 'llava-deploy[build]'; an engine that was built elsewhere runs without it"
 
 
-def _onnxruntime_findings(packages: Packages, something_runs: bool) -> Iterator[Finding]:
-    library = packages.onnxruntime
+def _onnxruntime_findings(library: Library, install: str, something_runs: bool) -> Iterator[Finding]:
     if len(library.packages) > 1:
         yield Finding(
             "fault",
             f"{' and '.join(library.packages)} are installed at once: they overwrite each other's files",
-            f"pip uninstall {' '.join(library.packages)}, then {INSTALL_CPU}",
+            anew(library, install),
         )
     if not library.installed:
-        yield Finding("hint" if something_runs else "fault", "ONNX Runtime is not installed", INSTALL_CPU)
+        yield Finding("hint" if something_runs else "fault", "ONNX Runtime is not installed", install)
     elif not library.loads:
         yield Finding(
             "fault",
             f"ONNX Runtime is installed ({_named(library)}), but cannot be loaded: {library.trouble}",
-            f"pip uninstall {' '.join(library.packages) or 'onnxruntime'}, then {INSTALL_CPU}",
+            anew(library, install) if library.packages else f"pip uninstall onnxruntime, then {install}",
         )
     else:
         yield Finding("ok", f"ONNX Runtime {library.version}")
-    for provider, trouble in packages.providers.items():
-        if trouble:
-            yield Finding(
-                "hint",
-                f"ONNX Runtime lists {provider}, which does not load: {trouble}",
-                "nothing to do: llava-deploy runs ONNX Runtime on the CPU, and GPUs with TensorRT",
-            )
 
 
 def _named(library: Library) -> str:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llava_deploy.engines.tensorrt_module import RTX_CAPABILITIES, SPOKEN, TensorRtBackend
-from llava_deploy.runtime.doctor.backends import BackendVerdict, cuda_major, install_tensorrt
+from llava_deploy.engines.onnxruntime_cuda import CUDA_PROVIDER
+from llava_deploy.runtime.backend_choice import GPU_BACKENDS, SPOKEN_BACKENDS, GpuBackend
+from llava_deploy.runtime.doctor.backends import install_gpu_backend, recommended
 from llava_deploy.runtime.doctor.findings import Finding, gigabytes
 from llava_deploy.runtime.doctor.gpu import Gpu, Graphics
 from llava_deploy.runtime.doctor.host import Host
 from llava_deploy.runtime.doctor.packages import Packages
+from llava_deploy.runtime.doctor.verdicts import BackendVerdict, cuda_major
 
 _CROWDED = 0.2
 """Share of a GPU's memory that others may use without its being said."""
@@ -115,28 +117,39 @@ def _device_findings(host: Host, gpu: Gpu) -> Iterator[Finding]:
         )
 
 
-def tensorrt_findings(
+def accelerator_findings(
     host: Host, graphics: Graphics, packages: Packages, verdicts: tuple[BackendVerdict, ...]
 ) -> Iterator[Finding]:
-    """What a GPU that can be used still lacks."""
+    """What a GPU that can be used still lacks: what is installed and does not run, or what to install."""
     gpu = graphics.first
-    if gpu is None or any(verdict.runs for verdict in verdicts if verdict.backend != "onnxruntime"):
+    others = {verdict.backend: verdict for verdict in verdicts if verdict.backend != "onnxruntime"}
+    if gpu is None or any(verdict.runs for verdict in others.values()):
         return
     cuda = graphics.cuda or cuda_major(graphics)
     driver = f"driver {graphics.driver}" if graphics.driver else "driver"
-    too_old = [verdict for verdict in verdicts if "driver" in verdict.lacks]
+    too_old = [verdict for verdict in others.values() if "driver" in verdict.lacks]
     for verdict in too_old:
         yield Finding("fault", f"{verdict.backend}: {driver}: {verdict.how}", "; ".join(verdict.missing))
     if too_old:
         return
-    best: TensorRtBackend = "tensorrt-rtx" if gpu.capability in RTX_CAPABILITIES and not host.is_jetson else "tensorrt"
-    if not packages.tensorrt[best].installed:
-        yield Finding(
-            "hint",
-            f"{gpu.name}, {driver} (CUDA {cuda}), but no {SPOKEN[best]}: bundles run on the CPU",
-            install_tensorrt(best, host, graphics),
-        )
-        return
-    for verdict in verdicts:
-        if verdict.backend == best and not verdict.runs:
-            yield Finding("fault", f"{gpu.name} is there, but: {verdict.how}", "; ".join(verdict.missing))
+    best = recommended(host, gpu)
+    broken = [backend for backend in GPU_BACKENDS if _is_installed(backend, packages) and _could_run(others[backend])]
+    for backend in broken:
+        verdict = others[backend]
+        yield Finding("fault", f"{gpu.name} is there, but: {verdict.how}", "; ".join(verdict.missing))
+    if best not in broken and _could_run(others[best]):
+        found = f"{gpu.name}, {driver} (CUDA {cuda}), but no {SPOKEN_BACKENDS[best]}: bundles run on the CPU"
+        yield Finding("hint", found, install_gpu_backend(best, host, graphics, packages))
+    elif not broken:
+        yield Finding("hint", f"{gpu.name}: nothing here is for {gpu.capability}: bundles run on the CPU")
+
+
+def _is_installed(backend: GpuBackend, packages: Packages) -> bool:
+    if backend == "onnxruntime-cuda":
+        return CUDA_PROVIDER in packages.providers
+    return packages.tensorrt[backend].installed
+
+
+def _could_run(verdict: BackendVerdict) -> bool:
+    """With other packages, on this GPU."""
+    return "GPU" not in verdict.lacks

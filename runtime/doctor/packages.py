@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from llava_deploy.engines.onnxruntime_cuda import CUDA_PROVIDER
 from llava_deploy.engines.tensorrt_module import TensorRtBackend
 from llava_deploy.runtime.doctor.system import System
 
@@ -40,7 +41,7 @@ class Library:
         packages: what it was installed by, with versions; none where it is a module that no package owns.
         version: as the module says once it is loaded.
         trouble: why it does not load; empty where it does, and where it is not installed.
-        cuda: major version of the CUDA that it was built for, where its packages' names say so.
+        cuda: major version of the CUDA that it was built for, where its packages' names or the module say so.
     """
 
     packages: Mapping[str, str]
@@ -72,7 +73,8 @@ class Packages:
         python: version.
         versions: of :data:`LISTED`; ``None`` where a package is not there.
         onnxruntime: and its packages, of which there should be one.
-        providers: of ONNX Runtime; why a provider does not load, or an empty text where it does.
+        providers: of ONNX Runtime; why a provider does not load, or an empty text where it does. CUDA's has to have run
+            where there is a GPU.
         tensorrt: both kinds.
         cuda_python: cuda-python; ``cuda`` is the runtime's that it holds.
     """
@@ -90,19 +92,19 @@ class Packages:
         return self.versions["onnx-ir"] is not None
 
 
-def look_at_packages(system: System) -> Packages:
-    """What is installed, and whether it loads."""
+def look_at_packages(system: System, *, has_gpu: bool) -> Packages:
+    """What is installed, and whether it loads; ``has_gpu`` says that CUDA can use one."""
     names = _versions(system, ONNXRUNTIMES)
     said = system.probe("module", "onnxruntime")
     listed = [str(name) for name in said.get("providers", [])]
-    providers = {name: "" if name in _BUILT_IN else _provider(system, name) for name in listed}
+    providers = {name: "" if name in _BUILT_IN else _provider(system, name, has_gpu) for name in listed}
     cuda_packages = _versions(system, ("cuda-python", "cuda-bindings"))
     cuda = system.probe("cuda-python")
     number = cuda.get("cuda")
     return Packages(
         python=system.python,
         versions={name: system.version(name) for name in LISTED},
-        onnxruntime=_library("onnxruntime", names, said),
+        onnxruntime=_library("onnxruntime", names, said, _major(said.get("cuda"))),
         providers=providers,
         tensorrt={backend: _tensorrt(system, backend) for backend in _MODULES},
         cuda_python=Library(
@@ -114,8 +116,15 @@ def look_at_packages(system: System) -> Packages:
     )
 
 
-def _provider(system: System, name: str) -> str:
-    return str(system.probe("provider", name).get("error", ""))
+def _provider(system: System, name: str, has_gpu: bool) -> str:
+    words = ("run",) if has_gpu and name == CUDA_PROVIDER else ()
+    return str(system.probe("provider", name, *words).get("error", ""))
+
+
+def _major(version: object) -> int | None:
+    """Of a version as ``13.0``; ONNX Runtime for the CPU has none of CUDA."""
+    found = re.match(r"\d+", str(version))
+    return int(found[0]) if found else None
 
 
 def _versions(system: System, names: tuple[str, ...]) -> dict[str, str]:

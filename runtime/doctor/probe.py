@@ -1,6 +1,7 @@
 """Loads one thing and says in a line of JSON what came of it. A program of its own: what it loads may crash or hang.
 
-``python probe.py cuda``, ``module NAME``, ``provider NAME``, ``cuda-python``. Standard library only.
+``python probe.py cuda``, ``module NAME``, ``provider NAME [run]``, ``cuda-python``. Standard library only, beside what
+is loaded.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ _CUDA_LIBRARIES = ("libcuda.so.1", "libcuda.so")
 _ERROR_CONTEXT = "no context can be made on it"
 # CUdevice_attribute of the driver's interface.
 _COMPUTE_MODE, _MAJOR, _MINOR, _INTEGRATED = 20, 75, 76, 18
+
+_CONVOLUTION = (
+    b'\x08\x08:k\n\x0f\n\x01x\n\x01w\x12\x01y"\x04Conv\x12\x01gZ\x1b\n\x01x\x12\x16\n\x14\x08\n\x12\x10\n\x02\x08\x01'
+    b"\n\x02\x08\x03\n\x02\x08\x04\n\x02\x08\x04Z\x1b\n\x01w\x12\x16\n\x14\x08\n\x12\x10\n\x02\x08\x02\n\x02\x08\x03\n\x02\x08\x02"
+    b"\n\x02\x08\x02b\x1b\n\x01y\x12\x16\n\x14\x08\n\x12\x10\n\x02\x08\x01\n\x02\x08\x02\n\x02\x08\x03\n\x02\x08\x03B\x04\n\x00\x10\x11"
+)
+"""An ONNX model, ``y = Conv(x, w)``, float16 ``[1, 3, 4, 4]`` and ``[2, 3, 2, 2]``: a vision tower begins with one."""
 
 
 def main(words: list[str]) -> None:
@@ -44,18 +52,43 @@ def module(name: str) -> dict[str, Any]:
     said: dict[str, Any] = {"version": str(getattr(found, "__version__", "")), "file": str(found.__file__)}
     if name == "onnxruntime":
         said["providers"] = list(found.get_available_providers())
+        said["cuda"] = getattr(found, "cuda_version", None)
     return said
 
 
-def provider(name: str) -> dict[str, Any]:
-    """Load the library of one of ONNX Runtime's providers, with what it needs; some are part of ONNX Runtime."""
-    capi = Path(str(importlib.import_module("onnxruntime").__file__)).parent / "capi"
+def provider(name: str, aim: str = "load") -> dict[str, Any]:
+    """Load one of ONNX Runtime's providers, with what it needs, or with the aim of ``run`` have it compute something.
+
+    What loads may not run: the GPU, its driver or cuDNN may be none that it can use.
+    """
+    runtime = importlib.import_module("onnxruntime")
+    runtime.preload_dlls()  # CUDA's libraries of the environment, which the loader would not find
+    return _run(runtime, name) if aim == "run" else _load(runtime, name)
+
+
+def _load(runtime: Any, name: str) -> dict[str, Any]:
+    """Some providers are no libraries, but part of ONNX Runtime."""
+    capi = Path(str(runtime.__file__)).parent / "capi"
     library = capi / f"libonnxruntime_providers_{name.removesuffix('ExecutionProvider').lower()}.so"
     if not library.is_file():
         return {"loaded": True}
     ctypes.CDLL(str(capi / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(library))
     return {"loaded": True}
+
+
+def _run(runtime: Any, name: str) -> dict[str, Any]:
+    numpy = importlib.import_module("numpy")
+    settings = runtime.SessionOptions()
+    settings.log_severity_level = 4
+    session = runtime.InferenceSession(_CONVOLUTION, settings, providers=[name], enable_fallback=0)
+    if name not in session.get_providers():  # ONNX Runtime goes on without it; the loader says what is missing
+        _load(runtime, name)
+        return {"error": f"ONNX Runtime cannot start {name}"}
+    ones = {"x": numpy.ones((1, 3, 4, 4), numpy.float16), "w": numpy.ones((2, 3, 2, 2), numpy.float16)}
+    (sums,) = session.run(None, ones)
+    wrong = (sums != ones["w"][0].size).any()  # [1, 2, 3, 3], each the sum of 3 x 2 x 2 ones
+    return {"error": f"{name} computes wrong values"} if wrong else {"loaded": True}
 
 
 def cuda_python() -> dict[str, Any]:

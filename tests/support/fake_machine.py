@@ -106,11 +106,25 @@ class FakeMachine:
         self.probes["cuda"] = {"loaded": True, "cuda": cuda, "code": None, "devices": [dict(RTX_4090)]}
         self.programs["nvidia-smi"] = smi({**ROW, "driver_version": driver, **row})
 
+    def become(self, name: str, capability: str) -> None:
+        """With another card than the one that was added."""
+        self.probes["cuda"]["devices"][0].update(name=name, capability=capability)
+
     def add_tensorrt_rtx(self, cuda: int = 12) -> None:
         name = f"tensorrt-rtx-cu{cuda}"
         self.packages.update({name: "1.7.1.116", f"{name}-libs": "1.7.1.116", "cuda-python": f"{cuda}.9.1"})
         self.probes["module tensorrt_rtx"] = {"version": "1.7.1.116", "file": "f"}
         self.probes["cuda-python"] = {"cuda": cuda * 1000 + 90}
+
+    def add_onnxruntime_gpu(self, version: str = "1.31.1", cuda: str = "13.0", trouble: str = "") -> None:
+        """In the place of the one for the CPU; ``trouble`` is what its CUDA provider says."""
+        self.packages.pop("onnxruntime", None)
+        self.packages["onnxruntime-gpu"] = version
+        providers = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+        self.probes["module onnxruntime"] = {"version": version, "file": "f", "providers": providers, "cuda": cuda}
+        self.probes["provider TensorrtExecutionProvider"] = {"error": "OSError: libnvinfer.so.10: no such file"}
+        said = {"error": trouble} if trouble else {"loaded": True}
+        self.probes["provider CUDAExecutionProvider"] = self.probes["provider CUDAExecutionProvider run"] = said
 
     def become_orin_nano(self, mode: str) -> None:
         """JetPack 6.2 with its TensorRT."""

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from fake_machine import FakeMachine
 
+from llava_deploy.engines.names import Backend
 from llava_deploy.engines.planner.fits import fits_here
 from llava_deploy.runtime.doctor.diagnosis import Diagnosis, examine
 from llava_deploy.runtime.doctor.findings import Finding
+from llava_deploy.runtime.doctor.verdicts import BackendVerdict
 
 
 @pytest.fixture
@@ -25,6 +27,12 @@ def machine(tmp_path: Path) -> FakeMachine:
 def diagnose(machine: FakeMachine) -> Callable[..., Diagnosis]:
     """Examine the machine, and bundles on it, as the command does."""
     return lambda *bundles: examine(machine.system(), bundles, fits_here)
+
+
+@pytest.fixture
+def verdict(diagnose: Callable[..., Diagnosis]) -> Callable[[Backend], BackendVerdict]:
+    """What this machine could do with a backend."""
+    return lambda backend: next(each for each in diagnose().backends if each.backend == backend)
 
 
 @pytest.fixture

@@ -7,11 +7,14 @@ from collections.abc import Callable
 import pytest
 from fake_machine import CARD, GB, NO_LIBRARY, ROW, RTX_4090, FakeMachine, smi
 
+from llava_deploy.engines.names import Backend
 from llava_deploy.runtime.doctor.diagnosis import Diagnosis
 from llava_deploy.runtime.doctor.findings import Finding
 from llava_deploy.runtime.doctor.system import Ran
+from llava_deploy.runtime.doctor.verdicts import BackendVerdict
 
 Diagnose = Callable[[], Diagnosis]
+VerdictOn = Callable[[Backend], BackendVerdict]
 FindingOf = Callable[[str], Finding]
 
 
@@ -19,6 +22,7 @@ def test_a_laptop_without_a_gpu_runs_onnx_runtime(diagnose: Diagnose) -> None:
     diagnosis = diagnose()
     assert [(each.backend, each.runs) for each in diagnosis.backends] == [
         ("onnxruntime", True),
+        ("onnxruntime-cuda", False),
         ("tensorrt", False),
         ("tensorrt-rtx", False),
     ]
@@ -36,12 +40,12 @@ def test_a_card_without_tensorrt_says_what_to_install(machine: FakeMachine, find
     assert finding("but no TensorRT for RTX").advice == "pip install 'llava-deploy[rtx]'"
 
 
-def test_a_card_with_tensorrt_for_rtx_runs_it(machine: FakeMachine, diagnose: Diagnose) -> None:
+def test_a_card_with_tensorrt_for_rtx_runs_it(machine: FakeMachine, diagnose: Diagnose, verdict: VerdictOn) -> None:
     machine.add_card(**{"power.limit": "320.50"})
     machine.add_tensorrt_rtx()
     diagnosis = diagnose()
-    verdict = diagnosis.backends[2]
-    assert (verdict.runs, verdict.how) == (True, "TensorRT for RTX 1.7.1.116 on NVIDIA GeForce RTX 4090 (sm89)")
+    found = verdict("tensorrt-rtx")
+    assert (found.runs, found.how) == (True, "TensorRT for RTX 1.7.1.116 on NVIDIA GeForce RTX 4090 (sm89)")
     gpu = diagnosis.graphics.gpus[0]
     assert (gpu.power_limit, gpu.celsius, gpu.persistence, gpu.mig, gpu.slowed) == (320.5, 41, True, None, ())
     assert (gpu.free, gpu.total, diagnosis.graphics.driver, diagnosis.graphics.cuda) == (
@@ -60,25 +64,27 @@ def test_the_drivers_version_is_read_of_both_kinds(machine: FakeMachine, diagnos
     assert diagnose().graphics.driver == "560.35.03"
 
 
-def test_a_driver_too_old_for_the_wheel_names_the_other_wheel(machine: FakeMachine, diagnose: Diagnose) -> None:
+def test_a_driver_too_old_for_the_wheel_names_the_other_wheel(
+    machine: FakeMachine, diagnose: Diagnose, verdict: VerdictOn
+) -> None:
     machine.add_card()
     machine.add_tensorrt_rtx(cuda=13)
-    diagnosis = diagnose()
-    assert (diagnosis.backends[2].runs, diagnosis.backends[2].lacks) == (False, ("driver",))
-    fault = diagnosis.findings[0]
+    assert (verdict("tensorrt-rtx").runs, verdict("tensorrt-rtx").lacks) == (False, ("driver",))
+    fault = diagnose().findings[0]
     assert fault.level == "fault"
     assert "the driver is too old: it is for CUDA 12.4, and what is installed is for CUDA 13" in fault.found
     assert "580 or later" in fault.advice
     assert "pip install tensorrt-rtx-cu12 'cuda-python==12.*'" in fault.advice
 
 
-def test_a_library_that_speaks_of_something_too_old_is_no_old_driver(machine: FakeMachine, diagnose: Diagnose) -> None:
+def test_a_library_that_speaks_of_something_too_old_is_no_old_driver(
+    machine: FakeMachine, diagnose: Diagnose, verdict: VerdictOn
+) -> None:
     machine.add_card()
     machine.add_tensorrt_rtx()
     machine.probes["module tensorrt_rtx"] = {"error": "ImportError: libstdc++.so.6 is too old"}
-    diagnosis = diagnose()
-    assert diagnosis.backends[2].lacks == ("package",)
-    assert any(each.found.startswith(f"{RTX_4090['name']} is there, but: ") for each in diagnosis.findings)
+    assert verdict("tensorrt-rtx").lacks == ("package",)
+    assert any(each.found.startswith(f"{RTX_4090['name']} is there, but: ") for each in diagnose().findings)
 
 
 def test_a_driver_too_old_for_all_has_to_be_updated(machine: FakeMachine, diagnose: Diagnose) -> None:
@@ -89,15 +95,34 @@ def test_a_driver_too_old_for_all_has_to_be_updated(machine: FakeMachine, diagno
 
 
 @pytest.mark.parametrize(
-    ("capability", "at", "words"),
-    [("sm90", 2, "TensorRT for RTX 1.7 knows no sm90"), ("sm61", 1, "TensorRT wants sm75 or later, found sm61")],
+    ("capability", "backend", "words"),
+    [
+        ("sm90", "tensorrt-rtx", "TensorRT for RTX 1.7 does not run on sm90"),
+        ("sm61", "tensorrt", "TensorRT wants sm75 or later, found sm61"),
+        ("sm52", "onnxruntime-cuda", "ONNX Runtime on CUDA wants sm60 or later, found sm52"),
+    ],
 )
 def test_a_gpu_that_a_backend_does_not_know(
-    machine: FakeMachine, diagnose: Diagnose, capability: str, at: int, words: str
+    machine: FakeMachine, verdict: VerdictOn, capability: str, backend: Backend, words: str
 ) -> None:
     machine.add_card()
-    machine.probes["cuda"]["devices"][0]["capability"] = capability
-    assert diagnose().backends[at].how.startswith(words)
+    machine.become("NVIDIA GPU", capability)
+    assert verdict(backend).how.startswith(words)
+    assert verdict(backend).lacks == ("GPU",)
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [("sm75", False), ("sm87", False), ("sm90", False), ("sm100", False)]
+    + [(capability, True) for capability in ("sm80", "sm86", "sm89", "sm120", "sm121")],
+)
+def test_where_tensorrt_for_rtx_runs_is_less_than_it_builds_for(
+    machine: FakeMachine, verdict: VerdictOn, capability: str, runs: bool
+) -> None:
+    machine.add_card()
+    machine.add_tensorrt_rtx()
+    machine.become("NVIDIA GPU", capability)
+    assert verdict("tensorrt-rtx").runs == runs
 
 
 def test_nouveau_instead_of_nvidia(machine: FakeMachine, finding: FindingOf) -> None:
@@ -205,7 +230,7 @@ def test_older_drivers_name_their_reasons_otherwise(machine: FakeMachine, findin
     ],
 )
 def test_an_nvidia_smi_that_hangs_or_babbles_is_a_finding(
-    machine: FakeMachine, diagnose: Diagnose, answer: str | Ran
+    machine: FakeMachine, diagnose: Diagnose, verdict: VerdictOn, answer: str | Ran
 ) -> None:
     machine.add_card()
     machine.add_tensorrt_rtx()
@@ -213,7 +238,7 @@ def test_an_nvidia_smi_that_hangs_or_babbles_is_a_finding(
     diagnosis = diagnose()
     warnings = [each for each in diagnosis.findings if each.level != "ok"]
     assert [each.found.partition(":")[0] for each in warnings] == ["no use of nvidia-smi"]
-    assert diagnosis.backends[2].runs
+    assert verdict("tensorrt-rtx").runs
     assert diagnosis.graphics.gpus[0].free == 24 * GB
 
 

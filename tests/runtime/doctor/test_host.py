@@ -25,7 +25,7 @@ def test_a_jetson_in_a_lower_power_mode(machine: FakeMachine, diagnose: Diagnose
     assert host.board == "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super"
     verdicts = {verdict.backend: verdict for verdict in diagnose().backends}
     assert verdicts["tensorrt"].how == "TensorRT 10.3.0 on Orin (sm87)"
-    assert verdicts["tensorrt-rtx"].how.startswith("TensorRT for RTX 1.7 knows no sm87")
+    assert verdicts["tensorrt-rtx"].how.startswith("TensorRT for RTX 1.7 does not run on sm87")
     assert diagnose().graphics.smi_trouble == ""
 
 

@@ -36,13 +36,6 @@ def test_onnxruntime_gpu_alone_is_well(machine: FakeMachine, diagnose: Diagnose)
     assert {each.level for each in diagnosis.findings} == {"ok"}
 
 
-def test_a_provider_that_does_not_load_is_a_hint(machine: FakeMachine, finding: FindingOf) -> None:
-    machine.probes["module onnxruntime"]["providers"] = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    machine.probes["provider CUDAExecutionProvider"] = {"error": "OSError: libcublasLt.so.12: cannot open it"}
-    hint = finding("CUDAExecutionProvider, which does not load")
-    assert (hint.level, "libcublasLt.so.12" in hint.found) == ("hint", True)
-
-
 def test_the_bare_base_install_is_told_to_get_onnx_runtime(machine: FakeMachine, diagnose: Diagnose) -> None:
     del machine.packages["onnxruntime"], machine.probes["module onnxruntime"]
     diagnosis = diagnose()

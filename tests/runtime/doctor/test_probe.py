@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
+import types
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llava_deploy.runtime.doctor import probe
@@ -97,6 +100,72 @@ def test_without_a_gpu_or_a_library(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     found = said(monkeypatch, capsys, Library(init=100))
     assert (found["error"], found["devices"]) == ("cuInit: CUDA_ERROR_NO_DEVICE (100)", [])
     assert said(monkeypatch, capsys, None) == {"error": "libcuda.so.1: no such file", "loaded": False}
+
+
+def test_the_convolution_is_one_and_runs_where_it_can(capsys: pytest.CaptureFixture[str]) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load_from_string(probe._CONVOLUTION)
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node] == ["Conv"]
+    half = onnx.TensorProto.FLOAT16
+    assert {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)} == {half}
+    probe.main(["provider", "CPUExecutionProvider", "run"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"loaded": True}
+
+
+class Runtime:
+    """An ONNX Runtime that goes on without a provider, or whose GPU computes this."""
+
+    __file__ = "/nowhere/onnxruntime/__init__.py"
+
+    def __init__(self, providers: list[str], result: float) -> None:
+        self._providers, self._result = providers, result
+        self.preloaded = 0
+
+    def preload_dlls(self) -> None:
+        self.preloaded += 1
+
+    def SessionOptions(self) -> Any:  # noqa: N802
+        return types.SimpleNamespace()
+
+    def InferenceSession(self, model: bytes, settings: Any, *, providers: list[str], enable_fallback: int) -> Runtime:  # noqa: N802
+        assert (model, enable_fallback) == (probe._CONVOLUTION, 0)
+        return self
+
+    def get_providers(self) -> list[str]:
+        return self._providers
+
+    def run(self, outputs: None, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        assert [(name, array.shape, array.dtype) for name, array in feed.items()] == [
+            ("x", (1, 3, 4, 4), np.float16),
+            ("w", (2, 3, 2, 2), np.float16),
+        ]
+        return [np.full((1, 2, 3, 3), self._result, np.float16)]
+
+
+@pytest.mark.parametrize(
+    ("providers", "result", "answer"),
+    [
+        (["CUDAExecutionProvider", "CPUExecutionProvider"], 12, {"loaded": True}),
+        (["CUDAExecutionProvider"], 11, {"error": "CUDAExecutionProvider computes wrong values"}),
+        (["CPUExecutionProvider"], 12, {"error": "ONNX Runtime cannot start CUDAExecutionProvider"}),
+    ],
+)
+def test_a_provider_has_to_compute(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    providers: list[str],
+    result: float,
+    answer: dict[str, Any],
+) -> None:
+    runtime = Runtime(providers, result)
+    import_module = importlib.import_module
+    monkeypatch.setattr(
+        probe.importlib, "import_module", lambda name: runtime if name == "onnxruntime" else import_module(name)
+    )
+    probe.main(["provider", "CUDAExecutionProvider", "run"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == answer
+    assert runtime.preloaded == 1
 
 
 def test_numbers_of_attributes_are_cudas() -> None:
