@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _IMAGES_AT_ONCE = 16
 _VERIFY = "do the bundle's manifest and graphs belong together? Hold it against its checkpoint: llava-deploy verify"
+_STOP_SPINNING = "session.force_spinning_stop"
 MOST_THREADS = 1024
 """ONNX Runtime starts as many as it is told to, and the process ends where the system gives no more."""
 
@@ -198,6 +199,8 @@ def _open(model: Path, options: OnnxRuntimeOptions) -> onnxruntime.InferenceSess
     ort = import_onnxruntime()
     settings = ort.SessionOptions()
     settings.log_severity_level = 4  # its errors come as exceptions, its warnings are of the graph's making
+    # Threads that wait for more work of a session that is done would take the cores from the session that runs next.
+    settings.add_session_config_entry(_STOP_SPINNING, "1")
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
     if options.accuracy_level is not None:
