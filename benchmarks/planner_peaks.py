@@ -35,7 +35,7 @@ PRECISIONS = {
     "int4-head": ["--precision", "int4", "--lm-head", "int8"],
     "int4-awq": ["--precision", "int4-awq", "--calibration", "demo"],
 }
-STAGES = ("export", "build onnxruntime", "run onnxruntime", "build tensorrt-rtx")
+STAGES = ("export", "build onnxruntime", "run onnxruntime", "build onnxruntime-cuda", "build tensorrt-rtx")
 
 CLI = "from llava_deploy.cli import main; main()"
 RUN = """
@@ -139,6 +139,9 @@ def measured(
         for run in RUNS[model]:
             found = peaks(python(RUN, bundle, run.batch, run.length, run.pictures))
             yield {"stage": "run onnxruntime", "engine": engine, **dataclasses.asdict(run)}, found
+    if "build onnxruntime-cuda" in stages and precision != "fp32":
+        build = python(CLI, "build", bundle, "--backend", "onnxruntime-cuda", "--force", "--quiet")
+        yield {"stage": "build onnxruntime-cuda"}, peaks(build)
     if "build tensorrt-rtx" in stages:
         for targets in ("sm89", "sm80-sm120") if model == "demo" else ("sm89",):
             yield {"stage": "build tensorrt-rtx", "targets": targets}, peaks(python(RTX, bundle, targets))

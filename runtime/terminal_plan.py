@@ -29,7 +29,8 @@ def plan_tables(plan: Mapping[str, Any]) -> Group:
             ("memory", _memory_of(board)),
             ("sizes", f"{sizes['max_batch']} x {sizes['max_len']} tokens, {_pictures(sizes['max_images'])} at once"),
             ("decoder", _parts(plan["parts"])),
-            ("on the disk", f"{size(plan['bundle_bytes'])} for the bundle, as much again for each engine"),
+            ("on the disk", _disk(plan)),
+            ("not planned", _int8(plan)),
             ("source", board["source"]),
             ("figures", "the host's are fitted to measured peaks; a GPU's are estimates that no GPU was measured for"),
         ],
@@ -45,6 +46,21 @@ def _parts(parts: Sequence[int]) -> str:
     if len(parts) == 1:
         return "one plan of TensorRT"
     return f"{len(parts)} plans of TensorRT, of {', '.join(map(str, parts))} layers"
+
+
+def _disk(plan: Mapping[str, Any]) -> str:
+    """The bundle, and what an engine takes beside it: backends whose engines are as large are named together."""
+    engines: dict[str, list[str]] = {}
+    for stage in plan["stages"]:
+        if stage["disk"] is not None:
+            taken = size(stage["disk"]) if stage["disk"] else "hard links"
+            engines.setdefault(taken, []).append(stage["backend"])
+    beside = ", ".join(f"{taken} ({', '.join(backends)})" for taken, backends in engines.items())
+    return f"{size(plan['bundle_bytes'])} for the bundle; for an engine {beside}"
+
+
+def _int8(plan: Mapping[str, Any]) -> str:
+    return f"a second decoder, by build --int8 prefill: {size(plan['int8_prefill_bytes'])} more for onnxruntime"
 
 
 def _memory_of(board: Mapping[str, Any]) -> str:

@@ -92,9 +92,11 @@ BOARDS: dict[str, Board] = {
         _card("l4", "L4", 24, 300, "sm89", "L4 data sheet"),
         _card("l40s", "L40S", 48, 864, "sm89", "L40S data sheet"),
         _card("a100-40gb", "A100-SXM4-40GB", 40, 1555, "sm80", "A100 data sheet"),
-        _card("a100-80gb", "A100-SXM4-80GB", 80, 2039, "sm80", "A100 data sheet, SXM; 1,935 GB/s on PCIe"),
+        _card("a100-80gb", "A100-SXM4-80GB", 80, 2039, "sm80", "A100 data sheet, SXM"),
+        _card("a100-80gb-pcie", "A100 80GB PCIe", 80, 1935, "sm80", "A100 data sheet, PCIe"),
         _card("h100", "H100 80GB HBM3", 80, 3350, "sm90", "H100 data sheet, SXM"),
         _card("h100-pcie", "H100 PCIe", 80, 2000, "sm90", "H100 data sheet, PCIe"),
+        _card("h100-nvl", "H100 NVL", 94, 3900, "sm90", "H100 data sheet, NVL"),
         _card("h200", "H200", 141, 4800, "sm90", "H200 data sheet"),
     )
 }  # fmt: skip

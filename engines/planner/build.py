@@ -1,4 +1,4 @@
-"""Memory at the peak of a build."""
+"""Memory at the peak of a build, and what it leaves on the disk."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from llava_deploy.engines.names import Backend, CacheForm
 from llava_deploy.engines.planner.memory import Memory
 from llava_deploy.engines.planner.model import PlannedModel, Sizes
-from llava_deploy.engines.planner.onnxruntime_memory import onnxruntime_build_memory
-from llava_deploy.engines.planner.tensorrt_memory import tensorrt_build_memory
+from llava_deploy.engines.planner.onnxruntime_cuda_memory import cuda_build_memory, cuda_engine_bytes
+from llava_deploy.engines.planner.onnxruntime_memory import onnxruntime_build_memory, onnxruntime_engine_bytes
+from llava_deploy.engines.planner.tensorrt_memory import engine_bytes, tensorrt_build_memory
 
 
 def build_memory(model: PlannedModel, backend: Backend, sizes: Sizes, cache: CacheForm, parts: Sequence[int]) -> Memory:
@@ -24,4 +25,16 @@ def build_memory(model: PlannedModel, backend: Backend, sizes: Sizes, cache: Cac
     """
     if backend == "onnxruntime":
         return onnxruntime_build_memory(model)
+    if backend == "onnxruntime-cuda":
+        return cuda_build_memory(model)
     return tensorrt_build_memory(model, backend, sizes, cache, parts)
+
+
+def engine_disk(model: PlannedModel, backend: Backend) -> int:
+    """Bytes of weights that an engine takes on the disk beside the bundle's, where the file system has hard links."""
+    if backend == "onnxruntime":
+        return onnxruntime_engine_bytes(model)
+    if backend == "onnxruntime-cuda":
+        return cuda_engine_bytes(model)
+    tied = model.embedding_bytes if model.is_tied else 0
+    return engine_bytes(model.vision_weights) + engine_bytes(model.decoder_weights) + tied

@@ -81,6 +81,22 @@ def onnxruntime_decode_bytes(model: PlannedModel, batch: int, slots: int) -> int
     return decoder.floats - _widened(model, tables) + decoder.quantized + cache
 
 
+def onnxruntime_engine_bytes(model: PlannedModel) -> int:
+    """Of an engine on the disk, which has all weights once more, floats as float32."""
+    return sum(graph.floats + graph.quantized for graph in _graphs(model))
+
+
+def int8_prefill_bytes(model: PlannedModel) -> int:
+    """What ``build --int8 prefill`` adds to an engine, on the disk and in a run's memory: a byte for each weight.
+
+    Measured of 1.03 thousand million weights (ONNX Runtime 1.32, int4 beside it): 1.04 GB on the disk, 0.99 GB in
+    memory. The build has its peak elsewhere: 0.13 GB more.
+    """
+    weights = model.decoder_weights
+    tied = model.decoder.vocab_size * model.decoder.hidden_size if model.is_tied else 0
+    return sum(tensor.values for tensor in (*weights.dense, *weights.quantized)) + tied
+
+
 @dataclass(frozen=True)
 class _EngineGraph:
     """Bytes of a graph's weights in an engine.

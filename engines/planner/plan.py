@@ -14,16 +14,16 @@ from typing import Any, Literal, get_args
 from llava_deploy.engines.errors import OptionError
 from llava_deploy.engines.names import Backend
 from llava_deploy.engines.planner.boards import Board
-from llava_deploy.engines.planner.build import build_memory
+from llava_deploy.engines.planner.build import build_memory, engine_disk
 from llava_deploy.engines.planner.export import export_memory
 from llava_deploy.engines.planner.memory import Memory
 from llava_deploy.engines.planner.model import PlannedModel, Sizes
+from llava_deploy.engines.planner.onnxruntime_memory import int8_prefill_bytes
 from llava_deploy.engines.planner.parts import decoder_parts
+from llava_deploy.engines.planner.refusals import BackendStage, refusal
 from llava_deploy.engines.planner.run import cache_form_of, decode_bound, run_memory
-from llava_deploy.engines.tensorrt_module import RTX_CAPABILITIES
 
 Stage = Literal["export", "build", "run"]
-_OF_A_BACKEND: tuple[Stage, ...] = ("build", "run")
 MOST_ROWS = 1024
 """No larger batch is looked for."""
 
@@ -53,6 +53,7 @@ class StagePlan:
         largest_batch: rows that would fit at the length that was asked for; ``None`` where it makes no difference.
         largest_len: slots of the cache that would fit at that batch; likewise.
         speed: of decoding; ``None`` of other stages, and where the bandwidth is not known.
+        disk: bytes that an engine takes beside the bundle, hard links not counted; ``None`` of all but builds.
     """
 
     stage: Stage
@@ -63,6 +64,7 @@ class StagePlan:
     largest_batch: int | None
     largest_len: int | None
     speed: Speed | None
+    disk: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ class Plan:
         board: what it is planned for.
         sizes: what is bound at most.
         parts: layers of the decoder in each of TensorRT's plans.
-        bundle_bytes: of the bundle's weights on the disk; an engine takes as much again.
+        bundle_bytes: of the bundle's weights on the disk.
+        int8_prefill_bytes: what is not in the stages: the second decoder of ``build --int8 prefill``, in a run with
+            ``onnxruntime`` and on the disk.
         stages: in the order in which they come.
     """
 
@@ -85,6 +89,7 @@ class Plan:
     sizes: Sizes
     parts: tuple[int, ...]
     bundle_bytes: int
+    int8_prefill_bytes: int
     stages: tuple[StagePlan, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,8 +130,17 @@ def plan(model: PlannedModel, board: Board, sizes: Sizes, parts: int | None) -> 
             StagePlan("export", None, memory, fits(memory, board), _host_note(memory, board), None, None, None)
         )
     for backend in get_args(Backend):
-        stages += [_planned(stage, backend, model, board, sizes, shares) for stage in _OF_A_BACKEND]
-    return Plan(model.name, model.precision, board, sizes, shares, model.bundle_bytes, tuple(stages))
+        stages += [_planned(stage, backend, model, board, sizes, shares) for stage in get_args(BackendStage)]
+    return Plan(
+        model.name,
+        model.precision,
+        board,
+        sizes,
+        shares,
+        model.bundle_bytes,
+        int8_prefill_bytes(model),
+        tuple(stages),
+    )
 
 
 def fits(memory: Memory, board: Board) -> bool | None:
@@ -140,11 +154,11 @@ def fits(memory: Memory, board: Board) -> bool | None:
 
 
 def _planned(
-    stage: Stage, backend: Backend, model: PlannedModel, board: Board, sizes: Sizes, parts: tuple[int, ...]
+    stage: BackendStage, backend: Backend, model: PlannedModel, board: Board, sizes: Sizes, parts: tuple[int, ...]
 ) -> StagePlan:
-    refusal = _refusal(backend, board)
-    if refusal:
-        return StagePlan(stage, backend, None, False, refusal, None, None, None)
+    why_not = refusal(stage, backend, model, board)
+    if why_not:
+        return StagePlan(stage, backend, None, False, why_not, None, None, None)
 
     def memory(at: Sizes) -> Memory:
         peak = build_memory if stage == "build" else run_memory
@@ -152,8 +166,11 @@ def _planned(
 
     found = memory(sizes)
     fit = fits(found, board)
-    if stage == "build" or fit is None:
-        return StagePlan(stage, backend, found, fit, _host_note(found, board), None, None, None)
+    note = _host_note(found, board)
+    if stage == "build":
+        return StagePlan(stage, backend, found, fit, note, None, None, None, engine_disk(model, backend))
+    if fit is None:
+        return StagePlan(stage, backend, found, fit, note, None, None, None)
     batch = _largest(lambda n: fits(memory(dataclasses.replace(sizes, max_batch=n)), board) is True, MOST_ROWS)
     positions = model.decoder.max_positions
     length = _largest(lambda n: fits(memory(_of_length(sizes, n)), board) is True, positions)
@@ -164,7 +181,7 @@ def _planned(
             for slots in (0, sizes.max_len)
         )
         speed = Speed(empty, full)
-    return StagePlan(stage, backend, found, fit, _host_note(found, board), batch, length, speed)
+    return StagePlan(stage, backend, found, fit, note, batch, length, speed)
 
 
 def _of_length(sizes: Sizes, length: int) -> Sizes:
@@ -178,16 +195,6 @@ def _largest(is_good: Callable[[int], bool], most: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if is_good(middle) else (low, middle - 1)
     return low
-
-
-def _refusal(backend: Backend, board: Board) -> str:
-    if backend == "onnxruntime":
-        return ""
-    if board.capability is None:
-        return "no NVIDIA GPU"
-    if backend == "tensorrt-rtx" and board.capability not in RTX_CAPABILITIES:
-        return f"TensorRT for RTX 1.7 knows no {board.capability}"
-    return ""
 
 
 def _host_note(memory: Memory, board: Board) -> str:

@@ -9,6 +9,7 @@ from llava_deploy.engines.names import Backend, CacheForm
 from llava_deploy.engines.planner.boards import Board
 from llava_deploy.engines.planner.memory import Memory
 from llava_deploy.engines.planner.model import PlannedModel, Sizes
+from llava_deploy.engines.planner.onnxruntime_cuda_memory import cuda_decode_bytes, cuda_run_memory
 from llava_deploy.engines.planner.onnxruntime_memory import onnxruntime_decode_bytes, onnxruntime_run_memory
 from llava_deploy.engines.planner.tensorrt_memory import engine_bytes, tensorrt_run_memory
 from llava_deploy.engines.tensorrt.constructs import cache_form, parse_release
@@ -28,6 +29,8 @@ def run_memory(model: PlannedModel, backend: Backend, sizes: Sizes, cache: Cache
     """
     if backend == "onnxruntime":
         return onnxruntime_run_memory(model, sizes)
+    if backend == "onnxruntime-cuda":
+        return cuda_run_memory(model, sizes)
     return tensorrt_run_memory(model, sizes, cache, parts)
 
 
@@ -35,6 +38,8 @@ def decode_bytes(model: PlannedModel, backend: Backend, batch: int, slots: int) 
     """Bytes that one decode step of ``batch`` rows has to read: weights once, and ``slots`` of each row's cache."""
     if backend == "onnxruntime":
         return onnxruntime_decode_bytes(model, batch, slots)
+    if backend == "onnxruntime-cuda":
+        return cuda_decode_bytes(model, batch, slots)
     tied = model.embedding_bytes if model.is_tied else 0
     return engine_bytes(model.decoder_weights) + tied + batch * slots * model.cache_bytes_per_slot
 

@@ -12,7 +12,7 @@ from llava_deploy.engines.manifest import read_manifest
 from llava_deploy.engines.planner.boards import Board, find_board
 from llava_deploy.engines.planner.model import planned_bundle
 from llava_deploy.engines.planner.plan import plan, resolve_sizes
-from llava_deploy.runtime.terminal import show
+from llava_deploy.runtime.terminal import show, size
 from llava_deploy.runtime.terminal_plan import plan_tables
 
 
@@ -48,7 +48,8 @@ def test_what_does_not_fit_or_cannot_be_is_said(demo_bundle_fp16: Path, capsys: 
     run, limits = lines_of(text, "run tensorrt ")
     assert run.endswith("no")
     assert limits.split()[2] == "0"
-    assert "TensorRT for RTX 1.7 knows no sm87" in text
+    assert "TensorRT for RTX 1.7 does not run on sm87" in text
+    assert "no wheel of onnxruntime-gpu on PyPI is for sm87" in text
 
 
 def test_a_machine_without_a_gpu_has_its_own_memory(demo_bundle_fp16: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,4 +58,22 @@ def test_a_machine_without_a_gpu_has_its_own_memory(demo_bundle_fp16: Path, caps
     text = capsys.readouterr().out
     assert "8.0 GB of the host" in text
     assert "no NVIDIA GPU" in lines_of(text, "run tensorrt-rtx")[0]
-    assert len(lines_of(text, "run onnxruntime")) == 2
+    assert len(lines_of(text, "run onnxruntime ")) == 2
+    assert "no NVIDIA GPU" in lines_of(text, "run onnxruntime-cuda")[0]
+
+
+def test_the_disk_and_what_is_not_planned_are_said(demo_bundle_fp16: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = planned(demo_bundle_fp16, find_board("rtx-4090"))
+    taken = {stage["backend"]: stage["disk"] for stage in plain["stages"] if stage["stage"] == "build"}
+    whole, copied = size(plain["bundle_bytes"]), f"{size(taken['tensorrt'])} (tensorrt, tensorrt-rtx)"
+    own = f"{whole} for the bundle; for an engine {size(taken['onnxruntime'])} (onnxruntime)"
+    show(plan_tables(plain))
+    text = capsys.readouterr().out
+    assert lines_of(text, "on the disk") == [f"on the disk    {own}, hard links (onnxruntime-cuda), {copied}"]
+    second = size(plain["int8_prefill_bytes"])
+    assert f"a second decoder, by build --int8 prefill: {second} more for onnxruntime" in text
+    for stage in plain["stages"]:
+        if (stage["stage"], stage["backend"]) == ("build", "onnxruntime-cuda"):
+            stage["disk"] = 7_000_000
+    show(plan_tables(plain))
+    assert f"{own}, 7.0 MB (onnxruntime-cuda), {copied}" in capsys.readouterr().out

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from llava_deploy.engines.errors import BundleError
 from llava_deploy.engines.fitting import Room
+from llava_deploy.engines.names import Backend
 from llava_deploy.engines.planner.fits import fits_here
 
 GB = 10**9
@@ -16,16 +18,19 @@ GB = 10**9
 
 def test_a_gpu_of_its_own_has_its_own_memory(demo_bundle_fp16: Path) -> None:
     fits = fits_here(demo_bundle_fp16, Room(16 * GB, 8 * GB, "sm89", is_unified=False, tensorrt=None))
-    assert all(fits[backend].run and fits[backend].build for backend in ("onnxruntime", "tensorrt", "tensorrt-rtx"))
+    assert list(fits) == [*get_args(Backend)]
+    assert all(fit.run and fit.build for fit in fits.values())
     fits = fits_here(demo_bundle_fp16, Room(16 * GB, GB // 1000, "sm89", is_unified=False, tensorrt=None))
-    assert [fits[backend].run for backend in ("onnxruntime", "tensorrt-rtx")] == [True, False]
-    assert (fits["onnxruntime"].largest_len, fits["tensorrt-rtx"].largest_len) == (1024, 0)
+    assert [fits[backend].run for backend in get_args(Backend)] == [True, False, False, False]
+    assert [fits[backend].largest_len for backend in get_args(Backend)] == [1024, 0, 0, 0]
+    assert fits["onnxruntime-cuda"].build  # which takes nothing of the GPU
 
 
 def test_shared_memory_is_counted_once(demo_bundle_fp16: Path) -> None:
     fits = fits_here(demo_bundle_fp16, Room(4 * GB, None, "sm87", is_unified=True, tensorrt="10.3"))
     assert fits["tensorrt"].run
     assert (fits["tensorrt-rtx"].run, fits["tensorrt-rtx"].build) == (False, False)  # which knows no sm87
+    assert (fits["onnxruntime-cuda"].run, fits["onnxruntime-cuda"].build) == (False, True)  # no wheel is for a Jetson
     fits = fits_here(demo_bundle_fp16, Room(GB // 10, None, "sm87", is_unified=True, tensorrt="10.3"))
     assert fits["tensorrt"].run is False
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 
 from llava_deploy.engines.errors import OptionError
-from llava_deploy.engines.names import CacheForm
+from llava_deploy.engines.names import Backend, CacheForm
 from llava_deploy.engines.planner.boards import BOARDS, Board, find_board
 from llava_deploy.engines.planner.memory import Memory, Part
 from llava_deploy.engines.planner.model import PlannedModel, Sizes
@@ -31,7 +32,7 @@ def test_every_stage_is_planned_for_every_backend(seven_b: SevenB) -> None:
     planned = plan(model, find_board("rtx-4090"), resolve_sizes(model, 1, None, None), None)
     assert [(s.stage, s.backend) for s in planned.stages] == [
         ("export", None),
-        *((name, backend) for backend in ("onnxruntime", "tensorrt", "tensorrt-rtx") for name in ("build", "run")),
+        *((name, backend) for backend in get_args(Backend) for name in ("build", "run")),
     ]
     assert all(s.memory is not None for s in planned.stages)
 
@@ -104,11 +105,38 @@ def test_what_a_board_cannot_run_is_said(seven_b: SevenB) -> None:
     model = seven_b("int4")
     sizes = resolve_sizes(model, 1, None, None)
     rtx = stage(plan(model, find_board("agx-orin-64gb"), sizes, None), "run", "tensorrt-rtx")
-    assert (rtx.memory, rtx.fits, rtx.note) == (None, False, "TensorRT for RTX 1.7 knows no sm87")
+    assert (rtx.memory, rtx.fits, rtx.note) == (None, False, "TensorRT for RTX 1.7 does not run on sm87")
     bare = Board("auto", "a laptop", None, 16 * GB, False, None, None, None, "")
     planned = plan(model, bare, sizes, None)
     assert stage(planned, "run", "tensorrt").note == "no NVIDIA GPU"
     assert stage(planned, "run", "onnxruntime").fits is True
+    assert stage(planned, "build", "onnxruntime-cuda").fits is True
+    assert stage(planned, "run", "onnxruntime-cuda").note == "no NVIDIA GPU"
+
+
+def test_what_is_on_the_disk_beside_the_bundle(seven_b: SevenB) -> None:
+    board = find_board("rtx-4090")
+
+    def disk(precision: str) -> dict[str | None, int | None]:
+        model = seven_b(precision)
+        planned = plan(model, board, resolve_sizes(model, 1, None, None), None)
+        assert {s.disk for s in planned.stages if s.stage != "build"} == {None}
+        return {s.backend: s.disk for s in planned.stages if s.stage == "build"}
+
+    fp16, int4 = seven_b("fp16"), seven_b("int4")
+    graphs = fp16.bundle_bytes - fp16.embedding_bytes
+    assert disk("fp16") == {
+        "onnxruntime": 2 * graphs, "onnxruntime-cuda": 0, "tensorrt": graphs, "tensorrt-rtx": graphs,
+    }  # fmt: skip
+    assert disk("int4")["onnxruntime-cuda"] == int4.decoder_weights.nbytes
+
+
+def test_the_second_decoder_of_int8_prefill_is_a_byte_for_each_weight(seven_b: SevenB) -> None:
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32064
+    for precision in ("fp16", "int4"):
+        model = seven_b(precision)
+        planned = plan(model, find_board("rtx-4090"), resolve_sizes(model, 1, None, None), None)
+        assert planned.to_dict()["int8_prefill_bytes"] == weights
 
 
 def test_decode_speed_is_bandwidth_over_what_a_step_reads(seven_b: SevenB) -> None:

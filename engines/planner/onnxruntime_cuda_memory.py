@@ -1,0 +1,172 @@
+"""Peak memory of ONNX Runtime's CUDA provider: of building its engine, and of running it.
+
+A build takes neither GPU nor ONNX Runtime; its constants are fitted to measured peaks
+(``benchmarks/results/planner_peaks.json``). Of a run, the weights, the cache and the values between layers follow from
+the graphs' shapes; what the provider takes beside is :data:`PROVIDER`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llava_deploy.engines.names import FEATURES_KEPT
+from llava_deploy.engines.planner.memory import Memory, Part
+from llava_deploy.engines.planner.model import TABLES, GraphWeights, PlannedModel, Sizes
+from llava_deploy.engines.planner.onnx_header import TensorSize
+
+_MB = 10**6
+_LOGIT = 4  # bytes of a float32
+_HALF = 2  # bytes of a float16, in which everything else is
+
+PROVIDER = 600 * _MB
+"""What CUDA's provider takes of the device beside what is counted here: the kernels that are loaded, cuBLAS's and
+cuDNN's workspaces, recorded CUDA graphs.
+
+An estimate, not yet measured on a GPU. ``benchmarks/planner_device.py`` fits it to what ``benchmarks/gpu_check``
+measured.
+"""
+
+CONTEXT = 500 * _MB
+"""Assumed for an empty CUDA context; the GPU check's figures begin where there is one already."""
+
+_ARENA = 2.0
+"""How much an arena has of what is in use at once: it gives nothing back, and prompts of other lengths want blocks of
+other sizes. An estimate, not yet measured on a GPU."""
+
+_HOST = 400 * _MB
+"""Assumed, for Python, the libraries' own and CUDA's bookkeeping."""
+
+_HOST_LIBRARIES = Part("process", "mapped", 300 * _MB)
+"""Assumed, for CUDA's libraries."""
+
+_BUILD = Part("process", "host", 72 * _MB)
+_BUILD_LIBRARIES = Part("process", "mapped", 25 * _MB)
+_FUSED_COPIES = 2
+"""How often a weight that is put together is in memory: from the bundle's, and as the bytes that are written."""
+
+_LOADED_COPIES = 1.15
+"""How often a session has quantised matrices in the host's memory while it is opened: once, turned to the layout of
+its products, and what lies between blocks of other sizes. By ONNX Runtime 1.32 on the CPU."""
+
+_IMAGES = 4
+"""Pictures that the runtime encodes at once."""
+
+_FUSED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""Projections that read the same values, by the first of them: quantised, they become one product."""
+
+_WIDTHS = {"int4": 5, "floats": 3}
+"""Rows of the intermediate size that a token of a prompt has in the widest place of a layer, beside two of the hidden
+size: gate, up and their product; of quantised layers the product of both before it is split too."""
+
+
+def cuda_build_memory(model: PlannedModel) -> Memory:
+    """Peak of ``llava-deploy build --backend onnxruntime-cuda``: of the largest weight that is written.
+
+    Quantised layers that read the same values are put together, a weight at a time. Other files of weights are the
+    bundle's under a second name: nothing of them is read into memory.
+    """
+    if not model.decoder_weights.quantized:
+        return Memory((_BUILD, _BUILD_LIBRARIES))
+    products = _products(model.decoder_weights)
+    fused = max((sum(t.nbytes for t in product) for product in products if len(product) > 1), default=0)
+    mapped = max(model.decoder_weights.largest, _tied(model))
+    written = Part("weights", "host", _FUSED_COPIES * fused)
+    return Memory((written, _BUILD, Part("weights", "mapped", mapped), _BUILD_LIBRARIES))
+
+
+def cuda_engine_bytes(model: PlannedModel) -> int:
+    """Of an engine on the disk, beside the bundle: a decoder of quantised layers is written anew.
+
+    All else are hard links; a file system without them has copies.
+    """
+    return model.decoder_bytes if model.decoder_weights.quantized else 0
+
+
+def cuda_run_memory(model: PlannedModel, sizes: Sizes) -> Memory:
+    """Peak of a run that fills its cache. The host's is that of loading, whose weights are gone afterwards.
+
+    Where host and GPU share their memory that makes the sum too large by what is in the cache, or the weights.
+    """
+    products = _products(model.decoder_weights)
+    device = (
+        Part("weights", "device", model.vision_weights.nbytes + model.decoder_bytes),
+        Part("KV cache", "device", sizes.max_batch * sizes.max_len * model.cache_bytes_per_slot),
+        Part("activations", "device", int(_ARENA * (_prefill(model, sizes) + _tower(model, sizes)))),
+        Part("activations", "device", _step(model, sizes)),
+        Part("workspace", "device", _HALF * max((sum(t.values for t in product) for product in products), default=0)),
+        Part("process", "device", CONTEXT + PROVIDER),
+    )
+    loads = _load(model.vision_weights, 0), _load(model.decoder_weights, _tied(model))
+    host = (
+        Part("weights", "host", max(load.anonymous for load in loads)),
+        Part("activations", "host", _piece(model, sizes) + _LOGIT * sizes.max_batch * model.decoder.vocab_size),
+        Part("image features", "host", FEATURES_KEPT * model.features_bytes),
+        Part("process", "host", _HOST),
+        Part("weights", "mapped", max(load.largest for load in loads)),
+        _HOST_LIBRARIES,
+    )
+    return Memory((*device, *host))
+
+
+def cuda_decode_bytes(model: PlannedModel, batch: int, slots: int) -> int:
+    """Bytes that a decode step has to read: the decoder's weights as the bundle has them, and ``slots`` of each row."""
+    tables = sum(t.nbytes for t in model.decoder_weights.tensors if t.name.endswith(TABLES))
+    return model.decoder_bytes - tables + batch * slots * model.cache_bytes_per_slot
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What opening a session takes of the host: each matrix turned, and the one that is being turned once more.
+
+    Attributes:
+        anonymous: bytes of it.
+        largest: of the tensors, mapped one by one.
+    """
+
+    anonymous: int
+    largest: int
+
+
+def _load(weights: GraphWeights, tied: int) -> _Load:
+    dense = [tied, *(tensor.nbytes for tensor in weights.dense)]
+    anonymous = int(_LOADED_COPIES * weights.quantized_bytes) + sum(dense) + max(dense)
+    return _Load(anonymous, max(tied, weights.largest))
+
+
+def _tied(model: PlannedModel) -> int:
+    return model.embedding_bytes if model.is_tied else 0
+
+
+def _products(weights: GraphWeights) -> list[list[TensorSize]]:
+    """Quantised matrices of the layers, those together that become one."""
+    groups: dict[str, list[TensorSize]] = {}
+    for tensor in weights.quantized:
+        if tensor.name.startswith("language_model.layers."):
+            key = ".".join(_FUSED.get(word, word) for word in tensor.name.split("."))
+            groups.setdefault(key, []).append(tensor)
+    return list(groups.values())
+
+
+def _prefill(model: PlannedModel, sizes: Sizes) -> int:
+    """Of the longest piece of a prompt; rows are read one by one, and attention has its scores by blocks."""
+    form = "int4" if model.decoder_weights.quantized else "floats"
+    row = 2 * model.decoder.hidden_size + _WIDTHS[form] * model.intermediate_size
+    return sizes.max_seq * row * _HALF + _piece(model, sizes)
+
+
+def _piece(model: PlannedModel, sizes: Sizes) -> int:
+    """Embeddings of a piece of one row."""
+    return sizes.max_seq * model.decoder.hidden_size * _HALF
+
+
+def _step(model: PlannedModel, sizes: Sizes) -> int:
+    """Logits of the rows, and of the one that is being read."""
+    return _LOGIT * (sizes.max_batch + 1) * model.decoder.vocab_size
+
+
+def _tower(model: PlannedModel, sizes: Sizes) -> int:
+    """Of as many pictures as are encoded at once, the scores of one layer's attention as float32 among them."""
+    hidden, inner = model.tower_sizes
+    seen = model.vision.patches + 1
+    rows = 2 * seen * (hidden + inner) * _HALF
+    return min(sizes.max_images, _IMAGES) * (rows + 4 * model.tower_heads * seen * seen)

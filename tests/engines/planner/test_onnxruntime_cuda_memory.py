@@ -1,0 +1,119 @@
+"""Memory of ONNX Runtime on CUDA, from the shapes of LLaVA-1.5-7B, and what an engine really takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llava_deploy.engines.manifest import read_manifest
+from llava_deploy.engines.names import Precision
+from llava_deploy.engines.onnxruntime_cuda_builder import build_onnxruntime_cuda
+from llava_deploy.engines.planner import onnxruntime_cuda_memory as planner
+from llava_deploy.engines.planner.memory import Memory, PartName, Place
+from llava_deploy.engines.planner.model import PlannedModel, Sizes, planned_bundle
+from llava_deploy.engines.planner.onnxruntime_cuda_memory import (
+    cuda_build_memory,
+    cuda_decode_bytes,
+    cuda_engine_bytes,
+    cuda_run_memory,
+)
+from llava_deploy.exporter.checkpoint import open_checkpoint
+from llava_deploy.exporter.export import export
+from llava_deploy.exporter.quantization.plan import QuantizeOptions, round_to_nearest
+from llava_deploy.runtime.onnxruntime_cuda import OnnxRuntimeCudaVision
+
+SevenB = Callable[..., PlannedModel]
+ATTENTION, MLP, HEAD = 4 * 4096**2, 3 * 4096 * 11008, 4096 * 32064
+LAYERS = 32 * (ATTENTION + MLP)
+GATE_UP = 2 * 4096 * 11008
+ONE = Sizes.of_run(1, 4096, 1)
+
+
+def part(memory: Memory, name: PartName, place: Place) -> int:
+    return sum(each.nbytes for each in memory.parts if (each.name, each.place) == (name, place))
+
+
+def test_weights_on_the_gpu_are_those_of_the_graphs(seven_b: SevenB) -> None:
+    for precision, each in (("fp16", 2), ("int4", 1 / 2 + 2.5 / 128)):
+        model = seven_b(precision)
+        expected = each * LAYERS + 2 * HEAD + model.vision_weights.nbytes
+        assert part(cuda_run_memory(model, ONE), "weights", "device") == pytest.approx(expected, rel=1e-3)
+    tied = dataclasses.replace(seven_b("fp16"), is_tied=True)
+    more = part(cuda_run_memory(tied, ONE), "weights", "device")
+    assert more - part(cuda_run_memory(seven_b("fp16"), ONE), "weights", "device") == tied.embedding_bytes
+
+
+def test_the_cache_is_float16_and_allocated_in_full(seven_b: SevenB) -> None:
+    for precision in ("fp16", "int4"):
+        memory = cuda_run_memory(seven_b(precision), Sizes.of_run(3, 2000, 1))
+        assert part(memory, "KV cache", "device") == 3 * 2000 * 2 * 32 * 4096 * 2
+
+
+def test_rows_are_read_one_by_one_in_pieces(seven_b: SevenB) -> None:
+    """Only the logits and single tokens are of all rows."""
+    model = seven_b("fp16")
+    one, four = (part(cuda_run_memory(model, Sizes.of_run(n, 4096, 1)), "activations", "device") for n in (1, 4))
+    assert four - one == 3 * 32064 * 4
+    pieces = [part(cuda_run_memory(model, Sizes.of_run(1, n, 1)), "activations", "device") for n in (512, 1024, 4096)]
+    assert pieces[0] < pieces[1] == pieces[2]
+
+
+def test_pictures_are_encoded_as_many_at_once_as_the_runtime_does(seven_b: SevenB) -> None:
+    most = OnnxRuntimeCudaVision.max_images
+    counts = (1, most, most + 1)
+    one, all_at_once, more = (
+        part(cuda_run_memory(seven_b("int4"), Sizes.of_run(1, 4096, n)), "activations", "device") for n in counts
+    )
+    assert one < all_at_once == more
+
+
+def test_a_long_prompt_is_multiplied_with_the_largest_product_as_floats(seven_b: SevenB) -> None:
+    """Gate and up, which are one product of quantised layers."""
+    assert part(cuda_run_memory(seven_b("int4"), ONE), "workspace", "device") == 2 * GATE_UP
+    assert part(cuda_run_memory(seven_b("fp16"), ONE), "workspace", "device") == 0
+
+
+def test_loading_has_every_matrix_in_the_hosts_memory(seven_b: SevenB) -> None:
+    """The decoder's, which are more than the tower's: turned to what kernels want, the largest one twice."""
+    fp16 = part(cuda_run_memory(seven_b("fp16"), ONE), "weights", "host")
+    assert fp16 == pytest.approx(2 * (LAYERS + 2 * HEAD), rel=1e-3)
+    int4 = part(cuda_run_memory(seven_b("int4"), ONE), "weights", "host")
+    assert int4 == pytest.approx(1.15 * (1 / 2 + 2.5 / 128) * LAYERS + 4 * HEAD, rel=1e-3)
+
+
+def test_what_is_beside_the_shapes_is_in_one_constant(seven_b: SevenB, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cuda_run_memory(seven_b("int4"), ONE).device
+    monkeypatch.setattr(planner, "PROVIDER", planner.PROVIDER + 123)
+    assert cuda_run_memory(seven_b("int4"), ONE).device == before + 123
+
+
+def test_a_step_reads_int4_as_int4_and_the_visible_cache(seven_b: SevenB) -> None:
+    fp16, int4 = (cuda_decode_bytes(seven_b(precision), 1, 0) for precision in ("fp16", "int4"))
+    assert fp16 == pytest.approx(2 * (LAYERS + HEAD), rel=1e-3)
+    assert int4 == pytest.approx((1 / 2 + 2.5 / 128) * LAYERS + 2 * HEAD, rel=1e-3)
+    assert cuda_decode_bytes(seven_b("int4"), 4, 1000) - int4 == 4 * 1000 * 2 * 32 * 4096 * 2
+
+
+def test_a_build_holds_one_product_that_is_put_together(seven_b: SevenB) -> None:
+    int4, fp16 = cuda_build_memory(seven_b("int4")), cuda_build_memory(seven_b("fp16"))
+    assert (int4.device, fp16.device) == (0, 0)
+    assert part(int4, "weights", "host") == 2 * GATE_UP // 2
+    assert part(int4, "weights", "mapped") == 2 * HEAD  # the largest that is copied
+    assert part(fp16, "weights", "host") == part(fp16, "weights", "mapped") == 0
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_an_engine_on_the_disk_is_what_was_planned(demo_checkpoint: Path, tmp_path: Path, precision: Precision) -> None:
+    checkpoint, bundle = open_checkpoint(demo_checkpoint), tmp_path / "bundle"
+    options = QuantizeOptions(group_size=64, symmetric=False, lm_head="fp16")
+    export(checkpoint if precision == "fp16" else round_to_nearest(checkpoint, options), bundle, precision)
+    engine = build_onnxruntime_cuda(bundle)
+    model = planned_bundle(bundle, read_manifest(bundle))
+    own = sum(path.stat().st_size for path in engine.glob("*.data") if path.stat().st_nlink == 1)
+    padding = 4096 * len(model.decoder_weights.tensors) if own else 0
+    assert cuda_engine_bytes(model) <= own <= cuda_engine_bytes(model) + padding
+    assert (own == 0) == (precision == "fp16")
+    assert (engine / "vision.onnx.data").samefile(bundle / "vision.onnx.data")
