@@ -16,7 +16,8 @@ upgrade: what was there works until the new one has proved itself.
   --name NAME      of the model; by default the archive's, without .lvd
   --wheel FILE     the package to install, instead of the checkout that this script lies in
   --source DIR     another checkout to install from
-  --extras LIST    cpu, gpu, rtx, build, tensorrt, with commas between, or jetson; by default what the machine has
+  --extras LIST    cpu or gpu, rtx, build, tensorrt, with commas between, or jetson; by default what suits the machine.
+                   gpu is ONNX Runtime on an NVIDIA GPU, with CUDA's and cuDNN's libraries; it runs on the CPU, too
   --offline DIR    take every package from this folder of wheels, none from an index
   --python FILE    the Python to use; by default the newest of 3.13, 3.12 and 3.11, on a Jetson the system's
   --prefix DIR     where the program goes; /opt/llava-deploy by default
@@ -74,7 +75,7 @@ done
 [[ -n $wheel || -f $source/pyproject.toml ]] || die "$source: no checkout of llava-deploy; name a package with --wheel, or a checkout with --source"
 [[ -n $name ]] || { name="$(basename -- "${archive:-model}")" && name="${name%.lvd}"; }
 [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die "the model's name, $name: want letters, digits and . _ -; choose one with --name"
-for tool in "$here"/{uninstall,model,service}.sh "$here/trim.py" "$here/llava-deploy@.service"; do
+for tool in "$here"/{uninstall,machine,model,service}.sh "$here/trim.py" "$here/llava-deploy@.service"; do
     [[ -f $tool ]] || die "$tool: not there; keep the folder deploy/ together"
 done
 
@@ -88,16 +89,16 @@ say "1. The machine"
 machine="$(uname -m)"
 [[ $(uname -s) == Linux && ($machine == x86_64 || $machine == aarch64) ]] ||
     die "want Linux on x86-64 or arm64, found $(uname -s) on $machine: there are no packages of its backends for it"
+# shellcheck source=machine.sh
+source "$here/machine.sh"
+driver="$(cuda_driver)" gpu="$(capability)"
 if [[ -z $extras ]]; then
-    extras=cpu
-    if [[ -f /etc/nv_tegra_release ]] || grep -qs nvidia,tegra /proc/device-tree/compatible; then
-        extras=jetson
-    elif [[ -e /proc/driver/nvidia/version && $machine == x86_64 ]]; then
-        extras=cpu,rtx,build
-    fi
+    extras="$(extras_for "$machine" "$driver" "$gpu")"
+    if [[ -f /etc/nv_tegra_release ]] || grep -qs nvidia,tegra /proc/device-tree/compatible; then extras=jetson; fi
 fi
 [[ $extras =~ ^(jetson|(cpu|gpu|rtx|build|tensorrt)(,(cpu|gpu|rtx|build|tensorrt))*)$ ]] ||
     die "--extras $extras: want some of cpu, gpu, rtx, build and tensorrt with commas between, or jetson"
+[[ ,$extras, != *,cpu,* || ,$extras, != *,gpu,* ]] || die "--extras $extras: want cpu or gpu; gpu runs on the CPU, too"
 oldest=11
 [[ ,$extras, == *,cpu,* || ,$extras, == *,gpu,* ]] || oldest=10 # ONNX Runtime has no release for 3.10 that reads our graphs
 # Everywhere -I: what lies in the caller's directory is not imported, least of all by root.
@@ -207,6 +208,7 @@ say "3. A new environment in $root$venv, without PyTorch"
 folder "$prefix/venvs"
 note tree "$venv"
 options=() packages=("${wheel}[$extras]")
+[[ ,$extras, != *,gpu,* ]] || packages+=("$(onnxruntime_gpu "$machine" "$driver" "$gpu")")
 if [[ $extras == jetson ]]; then
     options=(--system-site-packages)
     packages=("${wheel}[build]" 'cuda-python>=12.6')

@@ -24,6 +24,10 @@ if [[ -z $root ]]; then # an archive is somebody's, and an engine may hold code:
 fi
 root ${as[@]+"${as[@]}"} "${command[@]}" unpack "$archive" -o "$root$incoming/model"
 [[ ,$extras, != *,build,* && $extras != jetson ]] || build=(--build)
+if [[ ,$extras, == *,gpu,* && ,$extras, == *,build,* ]]; then
+    root ${as[@]+"${as[@]}"} "${command[@]}" build "$root$incoming/model" --backend onnxruntime-cuda ||
+        say "   No engine for the GPU could be built: it answers on the CPU"
+fi
 root ${as[@]+"${as[@]}"} "${command[@]}" selftest "$root$incoming/model" ${build[@]+"${build[@]}"}
 if [[ -z $root ]]; then # the folder first: then nobody else can change what is in it meanwhile
     root chown root: -- "$incoming"

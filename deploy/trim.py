@@ -25,6 +25,9 @@ from importlib import metadata
 from pathlib import Path
 
 ROOTS = ("llava-deploy", "cuda-python", "tensorrt", "tensorrt-rtx-cu12")
+LIBRARIES = ("cuda", "cudnn")
+"""Extras of onnxruntime-gpu, which bring what it loads."""
+
 NOT_FOLLOWED = {("tokenizers", "huggingface-hub"), ("rich", "pygments"), ("rich", "markdown-it-py")}
 UNUSED = (
     "*/**/tests",
@@ -58,7 +61,8 @@ def needed(installed: dict[str, metadata.Distribution]) -> set[str]:
         for line in installed[name].requires or ():
             match = re.match(r"[\w.-]+", line)
             required = normal(match[0]) if match else ""
-            wanted = "extra ==" not in line or name == "llava-deploy"
+            extra = re.search(r"""extra == ["']([\w-]+)""", line)
+            wanted = extra is None or name == "llava-deploy" or (name == "onnxruntime-gpu" and extra[1] in LIBRARIES)
             if required in installed and wanted and (name, required) not in NOT_FOLLOWED:
                 waiting.append(required)
     return found

@@ -47,14 +47,14 @@ def _judge(backend: Backend, host: Host, graphics: Graphics, packages: Packages)
 
 
 def recommended(host: Host, gpu: Gpu) -> GpuBackend:
-    """What serves a GPU best, installed or not: TensorRT for RTX where its runtime takes the GPU.
+    """What is named for a GPU, installed or not: TensorRT for RTX where there is a wheel and its runtime takes the GPU.
 
-    JetPack brings the full TensorRT to a Jetson. Elsewhere it is gigabytes from its maker's index, so ONNX Runtime is
-    what is named for all others.
+    JetPack brings the full TensorRT to a Jetson. All others get ONNX Runtime, whose engine needs no GPU to be built and
+    is for any.
     """
     if host.is_jetson:
         return "tensorrt"
-    if gpu.capability is not None and rtx_runs_on(gpu.capability):
+    if host.architecture == "x86_64" and gpu.capability is not None and rtx_runs_on(gpu.capability):
         return "tensorrt-rtx"
     return "onnxruntime-cuda"
 
@@ -62,7 +62,7 @@ def recommended(host: Host, gpu: Gpu) -> GpuBackend:
 def install_gpu_backend(backend: GpuBackend, host: Host, graphics: Graphics, packages: Packages) -> str:
     """The command that installs it here."""
     if backend == "onnxruntime-cuda":
-        return install_cuda(graphics, packages.onnxruntime)
+        return install_cuda(host, graphics, packages.onnxruntime)
     return install_tensorrt(backend, host, graphics)
 
 

@@ -55,9 +55,10 @@ def gigabytes(count: int) -> str:
 
 def host_findings(host: Host, memory: HostMemory, disk: int | None) -> Iterator[Finding]:
     """About the system, its memory and the disk's room."""
-    architecture = host.kernel.rpartition(", ")[2]
-    if architecture not in _ARCHITECTURES:
-        yield Finding("warning", f"{architecture}: there are no wheels of ONNX Runtime for it", "build it from source")
+    if host.architecture not in _ARCHITECTURES:
+        yield Finding(
+            "warning", f"{host.architecture}: there are no wheels of ONNX Runtime for it", "build it from source"
+        )
     found = re.fullmatch(r"glibc (\d+)\.(\d+)", host.libc)
     if found is None:
         yield Finding(

@@ -53,6 +53,11 @@ class Host:
     int8_products: bool
 
     @property
+    def architecture(self) -> str:
+        """Of the processor, as ``x86_64``."""
+        return self.kernel.rpartition(", ")[2]
+
+    @property
     def is_jetson(self) -> bool:
         """Whether it is one of NVIDIA's boards with L4T."""
         return self.l4t is not None or (self.board is not None and "Jetson" in self.board)

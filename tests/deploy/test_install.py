@@ -240,6 +240,7 @@ REFUSED = [
     (("--prefix", "/a/../b"), "want an absolute path"),
     (("--prefix", "/with space"), "want an absolute path"),
     (("--extras", "torch"), "want some of cpu"),
+    (("--extras", "cpu,gpu,build"), "want cpu or gpu"),
     (("--name", "../x"), "the model's name"),
     (("--name", "-x"), "the model's name"),
     (("--archive", "/no/file"), "no such file"),
@@ -269,24 +270,6 @@ def test_a_prefix_of_somebody_else_is_left_alone(install: Callable[..., str], tm
     theirs.write_text("mine")
     assert "something else is there, and stays" in install(tmp_path, code=1)
     assert tree(tmp_path).keys() == {"opt", "opt/llava-deploy", "opt/llava-deploy/file"}
-
-
-@pytest.mark.parametrize(("extras", "drop_in"), [("cpu", None), ("cpu,rtx,build", "gpu"), ("jetson", "jetson")])
-def test_what_a_machine_gets(
-    extras: str, drop_in: str | None, package: Path, tmp_path: Path, deploy_environment: dict[str, str]
-) -> None:
-    """As far as the commands go: no machine with a GPU, and no Jetson, was at hand."""
-    python, root = tmp_path / "python", tmp_path / "root"
-    root.mkdir()
-    python.write_text(f'#!/bin/sh\n[ "$3" = "import tensorrt" ] || exec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    options = ("--root", root, "--wheel", package, "--python", python, "--extras", extras, "--dry-run")
-    said = run(DEPLOY / "install.sh", *options, environment=deploy_environment).replace("\\", "")
-    assert ("--system-site-packages" in said) == (extras == "jetson")
-    (installs,) = re.findall(r"-m pip install .*", said)
-    wanted = "[build] cuda-python>=12.6" if extras == "jetson" else f"[{extras}]"
-    assert installs.endswith(f"{package.name}{wanted}")
-    assert re.findall(r"@\.service\.d/(\w+)\.conf$", said, re.MULTILINE) == ([drop_in] if drop_in else [])
 
 
 def test_help(deploy_environment: dict[str, str]) -> None:

@@ -128,7 +128,20 @@ def test_the_release_is_one_for_the_driver_and_the_gpu(
     machine.add_card(driver, cuda)
     machine.become("NVIDIA GPU", capability)
     advice = finding("but no ONNX Runtime on CUDA").advice
-    assert advice.endswith(f"pip install 'llava-deploy[gpu]' 'onnxruntime-gpu[cuda,cudnn]{release}'")
+    wanted = f"pip install 'llava-deploy[gpu]' 'onnxruntime-gpu[cuda,cudnn]{release}'"
+    assert advice.endswith(f"{wanted} 'cuda-python==12.*'" if cuda < 13000 else wanted)
+
+
+def test_on_arm_there_are_no_wheels_for_cuda_12(h100: FakeMachine, finding: FindingOf) -> None:
+    h100.machine = "aarch64"
+    h100.become("NVIDIA GH200 480GB", "sm90")
+    assert finding("but no ONNX Runtime on CUDA").advice.endswith("'onnxruntime-gpu[cuda,cudnn]'")
+    h100.add_card()  # with a driver for CUDA 12.4
+    h100.become("NVIDIA GH200 480GB", "sm90")
+    advice = finding("but no ONNX Runtime on CUDA").advice
+    assert advice.endswith(f"update the NVIDIA driver to 580 or later, then {INSTALL}")
+    h100.add_onnxruntime_gpu(trouble="CUDA failure 35: CUDA driver version is insufficient")
+    assert finding("the driver is too old").advice == "update the NVIDIA driver to 580 or later"
 
 
 def test_a_driver_for_an_older_cuda(h100: FakeMachine, finding: FindingOf, verdict: VerdictOn) -> None:
@@ -156,7 +169,7 @@ def test_a_driver_for_cuda_11(h100: FakeMachine, finding: FindingOf) -> None:
 def test_a_wheel_without_code_for_the_gpu_names_one_that_has(h100: FakeMachine, finding: FindingOf) -> None:
     h100.become("NVIDIA B200", "sm100")
     h100.add_onnxruntime_gpu(trouble=NO_CODE)
-    fault = finding("ONNX Runtime 1.31.1 has no code for sm100 (NVIDIA B200)")
+    fault = finding("ONNX Runtime 1.31.1 has no code to run on NVIDIA B200 (sm100)")
     assert fault.advice == "pip install 'onnxruntime-gpu[cuda,cudnn]<1.29'"
 
 
@@ -173,7 +186,7 @@ def test_what_nobody_foresaw_is_said_as_it_is(
 ) -> None:
     h100.add_onnxruntime_gpu()
     h100.probes["provider CUDAExecutionProvider run"] = answer
-    fault = finding("ONNX Runtime 1.31.1 does not run on NVIDIA H100 80GB HBM3")
+    fault = finding("ONNX Runtime 1.31.1 does not run on NVIDIA H100 80GB HBM3 (sm90)")
     assert (words in fault.found, fault.advice) == (True, "")
 
 
