@@ -19,6 +19,7 @@ from llava_deploy.engines.errors import BackendError, BundleError, OptionError
 from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH
 from llava_deploy.engines.names import AccuracyLevel, Backend, Int8Part
+from llava_deploy.engines.onnxruntime_cuda import cuda_refusal
 from llava_deploy.engines.processor import has_int8_products
 from llava_deploy.engines.tensorrt_module import SPOKEN, TensorRtBackend
 from llava_deploy.runtime.bundle import Bundle
@@ -148,8 +149,9 @@ def fall_back(bundle: Bundle, wanted: Wanted, integrity: Integrity, refusals: Se
     except BackendError as error:
         raise BackendError("; ".join([str(error), *refusals])) from error
     if not refusals and any(path.exists() for path in _GPU_FILES):
-        build = f"llava-deploy build {bundle.directory} --backend onnxruntime-cuda"
-        refusals = [f"this machine has an NVIDIA GPU: {build} makes the bundle run on it, or tensorrt-rtx, tensorrt"]
+        backend: Backend = "onnxruntime-cuda" if cuda_refusal(bundle.manifest) is None else "tensorrt-rtx"
+        build = f"llava-deploy build {bundle.directory} --backend {backend}"
+        refusals = [f"this machine has an NVIDIA GPU: {build} makes the bundle run on it"]
     return replace(choice, reason="; ".join([choice.reason, *refusals]))
 
 

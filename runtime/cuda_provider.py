@@ -46,6 +46,9 @@ class Provider:
                 refuses the graph.
         """
         ort = import_onnxruntime()
+        version = f"ONNX Runtime {ort.__version__}"
+        if self.name not in ort.get_available_providers():
+            raise BackendError(f"{version} is installed without {self.name}, which onnxruntime-gpu has; {_REMEDY}")
         if self.captures:
             _load_libraries(ort)
         settings = ort.SessionOptions()
@@ -54,7 +57,6 @@ class Provider:
         if self.captures:
             options["enable_cuda_graph"] = "1"
         providers = [(self.name, options)] if self.captures else [self.name]
-        version = f"ONNX Runtime {ort.__version__}"
         try:
             session = ort.InferenceSession(str(model), settings, providers=providers, enable_fallback=0)
         except Exception as error:

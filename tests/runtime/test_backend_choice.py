@@ -195,7 +195,7 @@ REFUSALS: dict[str, Refusal] = {
         {"max_len": 65},
         f"max_len: engine {ENGINE} was built for 64, got 65; build another with: {COMMAND} --max-len 65",
     ),
-    "threads": (lambda add, _: add(), {"threads": 2}, "threads: only ONNX Runtime has it"),
+    "threads": (lambda add, _: add(), {"threads": 2}, "threads: only ONNX Runtime on the CPU has it"),
 }
 
 
@@ -263,13 +263,18 @@ def test_an_engine_that_was_asked_for_and_is_not_there(bundle: Path, add_engine:
 
 
 def test_a_backend_that_nobody_knows(bundle: Path) -> None:
-    with pytest.raises(OptionError, match="backend: want one of auto, onnxruntime, tensorrt, tensorrt-rtx, got 'cuda'"):
+    with pytest.raises(
+        OptionError,
+        match="backend: want one of auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx, got 'cuda'",
+    ):
         Llava.load(bundle, backend="cuda")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("option", ["threads", "accuracy_level"])
 def test_onnx_runtimes_options_are_refused_with_another_backend(bundle: Path, option: str) -> None:
-    with pytest.raises(OptionError, match=f"{option}: only ONNX Runtime has it; leave it out for TensorRT for RTX"):
+    with pytest.raises(
+        OptionError, match=f"{option}: only ONNX Runtime on the CPU has it; leave it out for TensorRT for RTX"
+    ):
         Llava.load(bundle, backend="tensorrt-rtx", **{option: 1})  # type: ignore[arg-type]
 
 

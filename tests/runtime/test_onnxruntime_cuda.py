@@ -1,0 +1,162 @@
+"""The CUDA provider's sessions over the CPU's provider: which values go where, against the canonical graphs.
+
+The graphs, the buffers and the bindings are those of a GPU; kernels, memory of a device and replayed runs are not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_deploy.engines.contract import DecoderShape
+from llava_deploy.engines.errors import BackendError
+from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest, read_manifest
+from llava_deploy.engines.onnxruntime_cuda_builder import build_onnxruntime_cuda
+from llava_deploy.exporter.checkpoint import open_checkpoint
+from llava_deploy.exporter.export import export
+from llava_deploy.exporter.quantization.plan import QuantizeOptions, round_to_nearest
+from llava_deploy.runtime.cuda_provider import CUDA, Provider
+from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeDecoder, OnnxRuntimeOptions, OnnxRuntimeVision
+from llava_deploy.runtime.onnxruntime_cuda import OnnxRuntimeCudaDecoder, OnnxRuntimeCudaVision
+
+ON_THE_CPU = Provider("CPUExecutionProvider", "cpu", captures=False)
+MAX_LEN = 48
+OPTIONS = OnnxRuntimeOptions(1, 0)
+TOLERANCE = 0.15  # of float16 and int4 that are rounded elsewhere, 0.06 at worst; another slot or row is off by 1
+
+
+@pytest.fixture(scope="module", params=["fp16", "int4"])
+def bundle(request: pytest.FixtureRequest, demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("cuda") / "bundle"
+    checkpoint = open_checkpoint(demo_checkpoint)
+    if request.param == "int4":
+        checkpoint = round_to_nearest(checkpoint, QuantizeOptions(64, False, "fp16"))
+    export(checkpoint, place, request.param)
+    build_onnxruntime_cuda(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle: Path) -> Manifest:
+    return read_manifest(bundle)
+
+
+@pytest.fixture(scope="module")
+def decoder(bundle: Path, manifest: Manifest) -> OnnxRuntimeCudaDecoder:
+    return OnnxRuntimeCudaDecoder(build_onnxruntime_cuda(bundle) / DECODER_GRAPH, manifest.decoder, MAX_LEN, ON_THE_CPU)
+
+
+@pytest.fixture(scope="module")
+def canonical(bundle: Path, manifest: Manifest) -> OnnxRuntimeDecoder:
+    return OnnxRuntimeDecoder(bundle / DECODER_GRAPH, manifest.decoder, MAX_LEN, OPTIONS)
+
+
+def embeds(shape: DecoderShape, rng: np.random.Generator, batch: int, seq: int) -> np.ndarray:
+    return (rng.standard_normal((batch, seq, shape.hidden_size)) * 0.5).astype(shape.dtype)
+
+
+def error(found: np.ndarray, wanted: np.ndarray) -> float:
+    assert found.shape == wanted.shape
+    assert found.dtype == wanted.dtype == np.float32
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_steps_give_the_logits_of_the_canonical_graph(
+    decoder: OnnxRuntimeCudaDecoder, canonical: OnnxRuntimeDecoder, data: st.DataObject
+) -> None:
+    """Rows of different lengths; prompts in pieces, in one or token by token; each row's past is its own."""
+    shape = canonical._shape
+    batch = data.draw(st.integers(1, 4), "batch")
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**16), "seed"))
+    for sessions in (decoder, canonical):
+        sessions.clear()
+        sessions.begin(batch)
+    slots = np.zeros(batch, np.int64)
+    while True:
+        seq = data.draw(st.sampled_from([1, 1, 2, 7, 16]), "seq")
+        if slots.max() + seq > MAX_LEN:
+            return
+        last = rng.integers(0, seq, batch)
+        fed = embeds(shape, rng, batch, seq)
+        wanted = canonical.step(fed, slots, last).copy()
+        assert error(decoder.step(fed, slots, last), wanted) < TOLERANCE
+        slots = slots + 1 + last  # what is behind a row's last token is written over
+
+
+def test_fewer_rows_keep_the_buffers_and_more_get_new_ones(
+    decoder: OnnxRuntimeCudaDecoder, canonical: OnnxRuntimeDecoder
+) -> None:
+    shape, rng = canonical._shape, np.random.default_rng(5)
+    decoder.clear()
+    for batch in (2, 1, 3, 1, 2):
+        for sessions in (decoder, canonical):
+            sessions.begin(batch)
+        slots, last = np.zeros(batch, np.int64), np.full(batch, 4)
+        prompt, token = embeds(shape, rng, batch, 5), embeds(shape, rng, batch, 1)
+        wanted = canonical.step(prompt, slots, last).copy()
+        assert error(decoder.step(prompt, slots, last), wanted) < TOLERANCE
+        wanted = canonical.step(token, slots + 5, last * 0).copy()
+        assert error(decoder.step(token, slots + 5, last * 0), wanted) < TOLERANCE
+
+
+def test_the_number_of_a_replayed_run_never_comes_again_with_other_buffers(decoder: OnnxRuntimeCudaDecoder) -> None:
+    decoder.clear()
+    seen: dict[int, int] = {}
+    for batch in (1, 2, 1, 4, 2, 1):
+        decoder.begin(batch)
+        single = decoder._singles[batch]
+        address = decoder._cache[0, "key"].data_ptr()
+        assert seen.setdefault(single.graph, address) == address
+    assert len(seen) == 6  # a cache of one row; one of two, for two and one; one of four, for four, two and one
+
+
+def test_clear_forgets_what_the_cache_held(decoder: OnnxRuntimeCudaDecoder, canonical: OnnxRuntimeDecoder) -> None:
+    """NaN among the keys would come through the mask."""
+    shape, rng = canonical._shape, np.random.default_rng(6)
+    decoder.begin(1)
+    decoder.step(np.full((1, 8, shape.hidden_size), np.nan, shape.dtype), np.zeros(1, np.int64), np.array([7]))
+    for sessions in (decoder, canonical):
+        sessions.clear()
+        sessions.begin(1)
+    fed = embeds(shape, rng, 1, 3)
+    wanted = canonical.step(fed, np.zeros(1, np.int64), np.array([2])).copy()
+    assert error(decoder.step(fed, np.zeros(1, np.int64), np.array([2])), wanted) < TOLERANCE
+
+
+def test_embeddings_of_another_shape_are_refused(decoder: OnnxRuntimeCudaDecoder) -> None:
+    decoder.begin(2)
+    hidden = decoder._shape.hidden_size
+    for shape in ((1, 1, hidden), (2, 1, hidden - 1), (3, 5, hidden)):
+        with pytest.raises(BackendError, match=rf"want \[2, tokens, {hidden}\], found"):
+            decoder.step(np.zeros(shape, np.float16), np.zeros(2, np.int64), np.zeros(2, np.int64))
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_pictures_give_the_features_of_the_canonical_graph(bundle: Path, manifest: Manifest, images: int) -> None:
+    shape = manifest.vision
+    vision = OnnxRuntimeCudaVision(build_onnxruntime_cuda(bundle) / VISION_GRAPH, shape, ON_THE_CPU)
+    canonical = OnnxRuntimeVision(bundle / VISION_GRAPH, shape, OPTIONS)
+    first = None
+    for seed in range(2):
+        pixels = np.random.default_rng(seed).standard_normal((images, 3, shape.image_height, shape.image_width))
+        found = vision.encode(pixels.astype(np.float32))
+        np.testing.assert_allclose(found, canonical.encode(pixels.astype(np.float32)), atol=0.02)
+        if first is not None:
+            assert not np.shares_memory(first, found)  # features are kept, and the buffer is written over
+        first = found
+
+
+def test_an_onnxruntime_without_the_provider_says_so(bundle: Path, manifest: Manifest) -> None:
+    if CUDA.name in onnxruntime.get_available_providers():
+        provider = Provider("NoSuchExecutionProvider", "cpu", captures=False)
+    else:
+        provider = CUDA
+    with pytest.raises(BackendError, match=rf"without {provider.name}.*llava-deploy doctor"):
+        OnnxRuntimeCudaDecoder(build_onnxruntime_cuda(bundle) / DECODER_GRAPH, manifest.decoder, MAX_LEN, provider)
