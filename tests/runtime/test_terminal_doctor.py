@@ -52,6 +52,20 @@ def test_a_jetson_in_words(machine: FakeMachine, capsys: pytest.CaptureFixture[s
     assert text.index("warning") < text.index("hint   ") < text.rindex("ok ")
 
 
+def test_an_h100_without_cudas_libraries_in_words(machine: FakeMachine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine.add_card("580.65.06", 13000)
+    machine.become("NVIDIA H100", "sm90")
+    machine.add_onnxruntime_gpu(trouble="OSError: libcublasLt.so.13: cannot open shared object file")
+    text = text_of(machine, capsys)
+    assert (
+        "1.31.1 (onnxruntime-gpu 1.31.1), for CUDA 13; providers: Tensorrt, not loading; CUDA, not loading; CPU" in text
+    )
+    fault = next(line for line in text.splitlines() if line.strip().startswith("fault"))
+    assert "NVIDIA H100 is there, but: ONNX Runtime 1.31.1 finds not all of CUDA's libraries" in fault
+    assert "pip install 'onnxruntime-gpu[cuda,cudnn]==1.31.1'" in fault
+    assert "TensorRT for RTX 1.7 does not run on sm90 (NVIDIA H100)" in text
+
+
 def test_every_finding_and_verdict_of_the_json_is_in_the_tables(
     machine: FakeMachine, invoke: Invoke, demo_bundle: Path
 ) -> None:
