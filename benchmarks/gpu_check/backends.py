@@ -1,4 +1,4 @@
-"""The backends that the check knows: the product's three, and ONNX Runtime on the GPU as a yardstick."""
+"""The backends that the check knows: the product's four, and a yardstick."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from names import BackendUnderTest
 from outcome import NotRunError
 
 from llava_deploy.engines.engine_manifest import read_engine_manifest
-from llava_deploy.engines.tensorrt_module import import_tensorrt
 from llava_deploy.runtime import Llava
 
 
 def load(bundle: Path, backend: BackendUnderTest, max_len: int | None) -> Llava:
     """The bundle, loaded; ``max_len`` of a TensorRT engine is what it was built with."""
-    if backend == "onnxruntime-cuda" or backend == "onnxruntime-cuda-lowered":
+    if backend == "onnxruntime-cuda-canonical":
         from onnxruntime_on import load as load_yardstick
 
-        return load_yardstick(bundle, max_len, "cuda", "canonical" if backend == "onnxruntime-cuda" else "lowered")
-    return Llava.load(bundle, backend=backend, max_len=max_len if backend == "onnxruntime" else None)
+        return load_yardstick(bundle, max_len, "cuda")
+    is_bounded_here = backend == "onnxruntime" or backend == "onnxruntime-cuda"
+    return Llava.load(bundle, backend=backend, max_len=max_len if is_bounded_here else None)
 
 
 def build(bundle: str, backend: BackendUnderTest, limits: dict[str, int], capability: str | None) -> dict[str, Any]:
@@ -37,13 +37,15 @@ def build(bundle: str, backend: BackendUnderTest, limits: dict[str, int], capabi
         from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
 
         engine = build_onnxruntime(Path(bundle), replace=True)
+    elif backend == "onnxruntime-cuda":
+        from llava_deploy.engines.onnxruntime_cuda_builder import build_onnxruntime_cuda
+
+        engine = build_onnxruntime_cuda(Path(bundle), replace=True)
     elif backend == "tensorrt" or backend == "tensorrt-rtx":
         from llava_deploy.engines.tensorrt.builder import build_tensorrt
         from llava_deploy.engines.tensorrt.memory import BuildMemoryError
         from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions
 
-        if backend == "tensorrt-rtx" and capability is not None:
-            require_capability(capability)
         capabilities = () if capability is None or backend == "tensorrt" else (capability,)
         options = TensorRtBuildOptions(
             backend=backend,
@@ -64,17 +66,3 @@ def build(bundle: str, backend: BackendUnderTest, limits: dict[str, int], capabi
         "engine": engine.name,
         "engine_bytes": sum(entry.size for entry in built.files),
     }
-
-
-def require_capability(capability: str) -> None:
-    """Have TensorRT for RTX say whether it knows this GPU.
-
-    Raises:
-        NotRunError: it does not.
-    """
-    module = import_tensorrt("tensorrt-rtx")
-    known = [name.lower() for name in module.api.ComputeCapability.__members__ if name.startswith("SM")]
-    if capability not in known:
-        raise NotRunError(
-            f"TensorRT for RTX {module.version} builds for {', '.join(sorted(known))}, and this GPU is {capability}"
-        )

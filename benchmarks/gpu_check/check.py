@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +29,9 @@ ENVIRONMENT = Part("environment", "environment:look", {}, 120)
 LEAST_S = 15.0
 """A part that has less than this left is not begun."""
 
+USUAL_MINUTES = 10.0
+"""That the limits of the parts are made for; with more, a part may take longer in proportion."""
+
 STOPPED = 130  # the exit code of what Ctrl-C ended
 HELPERS = Path(__file__).resolve().parents[1]
 
@@ -35,11 +39,12 @@ HELPERS = Path(__file__).resolve().parents[1]
 class Check:
     """The run of all parts."""
 
-    def __init__(self, output: Path, shape: ShapeName, minutes: float, only: str | None) -> None:
+    def __init__(self, output: Path, shape: ShapeName, minutes: float, only: Sequence[str]) -> None:
         self._output, self._only = output, only
         self._settings = Settings(shape, output / "work")
         self._asked: dict[str, Any] = {"shape": shape, "minutes": minutes, "only": only}
         self._end = time.monotonic() + 60 * minutes
+        self._patience = max(1.0, minutes / USUAL_MINUTES)
         self._found: dict[str, Any] = {}
         self.outcomes: list[Outcome] = []
 
@@ -72,8 +77,7 @@ class Check:
 
     def _wanted(self, parts: list[Part]) -> set[str]:
         """Names of the parts to run."""
-        text = "" if self._only is None else self._only
-        names = {part.name for part in parts if text in part.name or part.name.endswith("/export")}
+        names = {part.name for part in parts if not self._only or any(text in part.name for text in self._only)}
         for part in reversed(parts):  # what a part needs comes before it
             if part.name in names:
                 names.update(part.needs)
@@ -90,9 +94,8 @@ class Check:
             return not_run(part.name, f"the {self._asked['minutes']:g} minutes were over; give more with --minutes")
         path = os.pathsep.join(filter(None, [str(HELPERS), os.environ.get("PYTHONPATH")]))
         environment = {**part.environment, "PYTHONPATH": path}
-        return run_isolated(
-            part.name, part.function, part.arguments, min(part.limit_s, left), self._output / "parts", environment
-        )
+        limit_s = min(part.limit_s * self._patience, left)
+        return run_isolated(part.name, part.function, part.arguments, limit_s, self._output / "parts", environment)
 
     def _note(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
@@ -103,13 +106,14 @@ class Check:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, metavar="OUT", help="directory for the results; 40 GB of room for 7b")
+    parser.add_argument("output", type=Path, metavar="OUT", help="directory for the results, with room for the models")
     parser.add_argument("--quick", action="store_true", help="measure a model of 1b instead of 7b")
     parser.add_argument("--shape", choices=get_args(ShapeName), help="measure this one; tiny rehearses without a GPU")
-    parser.add_argument("--minutes", type=float, default=10, help="after which nothing is begun any more (10)")
+    parser.add_argument("--minutes", type=float, default=USUAL_MINUTES, help="after which it ends (10)")
     parser.add_argument(
-        "--only", metavar="TEXT", help="only exports, parts with this in their names, and what they need"
-    )
+        "--only", metavar="TEXT", action="append", default=[], help="only parts with this in their names, and what "
+        "they need; may be given several times"
+    )  # fmt: skip
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     shape: ShapeName = options.shape or ("1b" if options.quick else "7b")

@@ -29,6 +29,15 @@ def used_bytes() -> int | None:
     return total - free if error == runtime.cudaError_t.cudaSuccess else None
 
 
+def allow_during_capture() -> None:
+    """Have this thread's calls break no capture of another thread's, as those of CUDA graphs are by default."""
+    try:
+        runtime = importlib.import_module("cuda.bindings.runtime")
+    except ImportError:
+        return
+    runtime.cudaThreadExchangeStreamCaptureMode(runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
+
+
 @contextmanager
 def device_peak(measure: Callable[[], int | None] = used_bytes) -> Iterator[Peak]:
     """Sample what ``measure`` gives until the block ends; do not time anything inside, as asking takes a lock."""
@@ -37,6 +46,8 @@ def device_peak(measure: Callable[[], int | None] = used_bytes) -> Iterator[Peak
     over = threading.Event()
 
     def sample() -> None:
+        if before is not None:
+            allow_during_capture()
         while before is not None:
             used = measure()
             if used is not None:

@@ -12,11 +12,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from llava_deploy.engines.errors import BackendError
+from llava_deploy.engines.onnxruntime_module import import_onnxruntime
+from llava_deploy.engines.tensorrt_module import import_tensorrt, rtx_runs_on
 from llava_deploy.runtime.tensorrt.cuda import Device
 
 PACKAGES = (
-    *("llava-deploy", "torch", "transformers", "numpy", "polygraphy", "cuda-python", "onnx", "onnx-ir"),
-    *("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"),
+    *("llava-deploy", "torch", "transformers", "numpy", "polygraphy", "cuda-python", "cuda-bindings", "onnx"),
+    *("onnx-ir", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "tensorrt-rtx-cu12-libs"),
+    *("tensorrt-rtx-cu13-libs", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
 )
 MODULES = ("tensorrt", "tensorrt_rtx", "onnxruntime")
 COPIED = 1 << 30  # bytes
@@ -35,9 +38,10 @@ def look() -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "onnxruntime_providers": _providers(),
         "packages": {name: _version(name) for name in PACKAGES},
         "modules": {name: _module(name) for name in MODULES},
-        "onnxruntime_providers": _providers(),
+        "tensorrt_rtx_refusal": None if device is None else _rtx_refusal(device.capability),
         "nvidia_smi": _nvidia_smi(),
         "gpu": None if device is None else _described(device),
         "no_gpu": no_gpu,
@@ -66,12 +70,26 @@ def _module(name: str) -> str:
 
 
 def _providers() -> list[str]:
+    """Before anything else imports ONNX Runtime: this way it reports nothing to its maker."""
     try:
-        import onnxruntime
-    except ImportError:
+        found: list[str] = import_onnxruntime().get_available_providers()
+    except BackendError:
         return []
-    found: list[str] = onnxruntime.get_available_providers()
     return found
+
+
+def _rtx_refusal(capability: str) -> str | None:
+    """Why TensorRT for RTX does not run on such a GPU; ``None`` where it does, or is not installed."""
+    try:
+        module = import_tensorrt("tensorrt-rtx")
+    except BackendError:
+        return None
+    names = [name.lower() for name in module.api.ComputeCapability.__members__ if name.startswith("SM")]
+    targets = sorted(names, key=lambda name: int(name[2:]))
+    name = f"TensorRT for RTX {module.version}"
+    if capability not in targets:
+        return f"{name} builds for {', '.join(targets)}, and this GPU is {capability}"
+    return None if rtx_runs_on(capability) else f"{name} builds for {capability}, and its runtime refuses such a GPU"
 
 
 def _torch_cuda() -> str | None:

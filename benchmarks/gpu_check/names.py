@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-BackendUnderTest = Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-cuda-lowered", "tensorrt", "tensorrt-rtx"]
-"""The product's three, and ONNX Runtime on the GPU, over the canonical and over the lowered decoder, as a yardstick."""
+BackendUnderTest = Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-cuda-canonical", "tensorrt", "tensorrt-rtx"]
+"""The product's four; and, as a yardstick, ONNX Runtime on the GPU over the canonical graphs."""
 
-BUILT: tuple[BackendUnderTest, ...] = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+ON_GPU: tuple[BackendUnderTest, ...] = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
+"""The product's backends on a GPU, in the order in which they are checked."""
+
+YARDSTICK: BackendUnderTest = "onnxruntime-cuda-canonical"
+
+BUILT: tuple[BackendUnderTest, ...] = ("onnxruntime", *ON_GPU)
 """Those that an engine is built for."""
 
 ShapeName = Literal["7b", "1b", "tiny"]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from names import ON_GPU
 from outcome import Outcome
 
 GB = 1e9
@@ -17,8 +18,10 @@ WANTED_SHARE = 0.8
 
 EXPLAINED = (
     "Vision: a picture's pixels on the host to its features. TTFT: prompt and pixels on the host to the first token "
-    "there. GB/s: the decoder's weights and the visible cache, once a token; its share is of the copy above. "
-    "GPU peak: over what was in use before, while the model was loaded and first answered."
+    "there. Prefill: embeddings on the host to the logits of the last one there. Decode: behind that prompt, one row; "
+    "its share of the copy is of the decoder's weights and the visible cache, read once a token. GPU memory: the most "
+    "over what was in use before, while the model was loaded and first answered. Transformers' weights are made on the "
+    "GPU, not loaded."
 )
 
 
@@ -46,7 +49,7 @@ def markdown(found: dict[str, Any], settings: dict[str, Any], outcomes: Sequence
     gpu = found.get("gpu")
     device = "no GPU" if gpu is None else f"{gpu['name']} ({gpu['capability']}, {gpu['memory_bytes'] / GB:.0f} GB)"
     copied = found.get("copy_gb_per_s")
-    counts = totals(outcomes)
+    counts, shape = totals(outcomes), str(settings.get("shape"))
     lines = [
         f"# GPU check: {device}",
         "",
@@ -58,26 +61,31 @@ def markdown(found: dict[str, Any], settings: dict[str, Any], outcomes: Sequence
         "",
         "## Right",
         "",
+        *_device_layer(outcomes),
         *_table(
             ("model", "backend", "build", "verify", "Polygraphy", "questions"),
             [_right(outcomes, *key) for key in _keys(outcomes, "demo")],
         ),
         "",
-        f"## Fast: {settings.get('shape')}, random weights, one row, a picture and text",
+        f"## Fast: {shape}, random weights, one row, a picture and text",
         "",
         *_table(
             (
-                *("weights", "backend", "load s", "vision ms", "TTFT ms", "tokens/s", "GB/s", "of copy"),
-                *("GPU peak GB", "host peak GB"),
+                *("shape, weights, backend", "vision ms", "TTFT ms", f"prefill {_prefilled(outcomes)} ms"),
+                *("decode tok/s", "share of copy bandwidth", "GPU memory GB", "load s"),
             ),
-            [_fast(outcomes, *key) for key in _keys(outcomes, str(settings.get("shape")))],
+            [_fast(outcomes, *key) for key in _keys(outcomes, shape)],
         ),
         "",
         EXPLAINED,
         "",
+        "Decode of several rows at once, behind as many tokens:",
+        "",
+        *_table(("shape, weights, backend", "rows", "tok/s of all", "ms a step"), _batches(outcomes, shape)),
+        "",
         "## Aims",
         "",
-        *_aims(outcomes, str(settings.get("shape"))),
+        *_aims(outcomes, shape),
         "",
     ]
     failed = [f"- `{one.name}`: {_line(one.reason)}" for one in outcomes if one.status == "failed"]
@@ -131,24 +139,55 @@ def _details(what: str, outcome: Outcome) -> str:
 
 def _fast(outcomes: Sequence[Outcome], model: str, weights: str, backend: str) -> tuple[str, ...]:
     by_name = {outcome.name: outcome for outcome in outcomes}
-    outcome = by_name.get(f"{model}/{weights}/{backend}/speed")
+    outcome, row = by_name.get(f"{model}/{weights}/{backend}/speed"), f"{model}, {weights}, {backend}"
     if outcome is None or outcome.status != "passed":
         status = NOTHING if outcome is None else outcome.status
-        return (weights, backend, status, *([NOTHING] * 7))
+        return (row, status, *([NOTHING] * 6))
     r = outcome.result
-    share, peak, host = r["share_of_copy_bandwidth"], r["device_peak_bytes"], r["host_peak_bytes"]
+    share, peak, load = r["share_of_copy_bandwidth"], r["device_peak_bytes"], r.get("load_s")
     return (
-        weights,
-        backend,
-        f"{r['load_s']:.1f}",
+        row,
         f"{r['vision_ms']:.1f}",
         f"{r['ttft_ms']:.1f}",
+        f"{r['prefill_ms']:.1f}",
         f"{r['decode_tokens_per_s']:.1f}",
-        f"{r['decode_gb_per_s']:.0f}",
         NOTHING if share is None else f"{share:.0%}",
         NOTHING if peak is None else f"{peak / GB:.1f}",
-        NOTHING if host is None else f"{host / GB:.1f}",
+        NOTHING if load is None else f"{load:.1f}",
     )
+
+
+def _prefilled(outcomes: Sequence[Outcome]) -> str:
+    """Tokens of the prompts of which prefill is timed."""
+    found = {str(one.result["prefill_tokens"]) for one in outcomes if "prefill_tokens" in one.result}
+    return " or ".join(sorted(found))
+
+
+def _batches(outcomes: Sequence[Outcome], model: str) -> list[tuple[str, ...]]:
+    """A line for each number of rows that a backend was asked for."""
+    rows: list[tuple[str, ...]] = []
+    for one in outcomes:
+        if not _is_speed(one, model):
+            continue
+        name = ", ".join(one.name.split("/")[:3])
+        for count, found in one.result.get("decode_at_batch", {}).items():
+            if "not_measured" in found:
+                rows.append((name, count, f"not measured: {_line(found['not_measured'])}", NOTHING))
+            else:
+                rows.append((name, count, f"{found['tokens_per_s']:.1f}", f"{found['step_ms']:.2f}"))
+    return rows
+
+
+def _device_layer(outcomes: Sequence[Outcome]) -> list[str]:
+    """What the part ``device`` found, where it ran."""
+    for one in outcomes:
+        if one.name == "device" and "checks" in one.result:
+            checks = one.result["checks"]
+            right = sum(check["ok"] for check in checks.values())
+            rates = [f"{name} {value}" for name, value in checks["marks"].items() if name.endswith("gb_per_s")]
+            said = f"; {', '.join(rates).replace('_gb_per_s', '')} GB/s" if rates else ""
+            return [f"The runtime's layer over CUDA: {right} of {len(checks)} checks passed{said}.", ""]
+    return []
 
 
 def _aims(outcomes: Sequence[Outcome], model: str) -> list[str]:
@@ -159,7 +198,7 @@ def _aims(outcomes: Sequence[Outcome], model: str) -> list[str]:
     }
     lines = []
     for (weights, backend), result in speeds.items():
-        if not backend.startswith("tensorrt"):
+        if backend not in ON_GPU:
             continue
         share = result["share_of_copy_bandwidth"]
         if share is not None:

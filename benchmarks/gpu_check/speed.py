@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from device_memory import device_peak, host_peak
 from names import BackendUnderTest
 from PIL import Image
 
+from llava_deploy.engines.errors import BackendError
 from llava_deploy.engines.manifest import DECODER_GRAPH, Manifest
 from llava_deploy.runtime import Answer, Llava
 from llava_deploy.runtime.generation import prefill
@@ -28,6 +29,7 @@ QUESTION = "What is in the picture? " * 8
 PREFILLED = 640
 CONTEXTS = (64, 640, 1900)
 STEPS = 32
+BATCH_STEPS = 16
 FIRSTS = 7
 """Pictures for the time to the first token, each a new one, as known ones are not encoded again."""
 
@@ -35,7 +37,9 @@ ANSWER = 128
 """Tokens of the answer that decode is timed over."""
 
 
-def measure(bundle: str, backend: BackendUnderTest, max_len: int, copy_gb_per_s: float | None) -> dict[str, Any]:
+def measure(
+    bundle: str, backend: BackendUnderTest, max_len: int, copy_gb_per_s: float | None, batches: Sequence[int]
+) -> dict[str, Any]:
     """A part: load the bundle, answer, and time it.
 
     Args:
@@ -43,6 +47,7 @@ def measure(bundle: str, backend: BackendUnderTest, max_len: int, copy_gb_per_s:
         backend: what runs it.
         max_len: slots of the cache; a TensorRT engine has those that it was built with.
         copy_gb_per_s: what the GPU copies, for the share of its bandwidth that decode reaches.
+        batches: rows that decode is timed with as well, fewer first.
     """
     with device_peak() as peak:
         began = time.perf_counter()
@@ -61,9 +66,12 @@ def measure(bundle: str, backend: BackendUnderTest, max_len: int, copy_gb_per_s:
         "prefill_tokens": min(PREFILLED, llava.max_len),
         "prefill_ms": _prefill_ms(llava, min(PREFILLED, llava.max_len)),
         "decode_ms_at": {
-            str(context): _decode_ms(llava, context) for context in CONTEXTS if context + STEPS < llava.max_len
+            str(context): _decode_ms(llava, 1, context, STEPS)
+            for context in CONTEXTS
+            if context + STEPS < llava.max_len
         },
         "host_peak_bytes": host_peak(),
+        "decode_at_batch": _batches(llava, batches),
     }
     at = min(result["prompt_tokens"] + ANSWER // 2, llava.max_len)
     return {**result, **bandwidth(_step_bytes(llava, at), result["decode_tokens_per_s"], copy_gb_per_s)}
@@ -153,11 +161,27 @@ def _prefill_ms(llava: Llava, tokens: int) -> float:
     return median_ms(lambda: _finite(prefill(llava.decoder, prompt)), 5)
 
 
-def _decode_ms(llava: Llava, context: int) -> float:
-    """One token behind ``context`` others, the median of some tokens."""
-    llava.decoder.begin(1)
-    token, last, at = _embeds(llava, 1), np.zeros(1, np.int64), iter(range(context, context + STEPS + 1))
-    return median_ms(lambda: _finite(llava.decoder.step(token, np.array([next(at)]), last)), STEPS)
+def _decode_ms(llava: Llava, rows: int, context: int, steps: int) -> float:
+    """One token a row behind ``context`` others, the median of some steps."""
+    llava.decoder.begin(rows)
+    shape = llava.manifest.decoder
+    tokens = np.resize(_embeds(llava, 1), (rows, 1, shape.hidden_size))
+    last, at = np.zeros(rows, np.int64), iter(range(context, context + steps + 1))
+    return median_ms(lambda: _finite(llava.decoder.step(tokens, np.full(rows, next(at)), last)), steps)
+
+
+def _batches(llava: Llava, batches: Sequence[int]) -> dict[str, Any]:
+    """Tokens a second of all rows together, behind as many tokens as a prompt with a picture has; or why not."""
+    found: dict[str, Any] = {}
+    for rows in batches:
+        context = min(PREFILLED, llava.max_len - BATCH_STEPS - 1)
+        try:
+            milliseconds = _decode_ms(llava, rows, context, BATCH_STEPS)
+        except BackendError as error:  # a cache of so many rows has no room, say
+            found[str(rows)] = {"not_measured": str(error)}
+            break
+        found[str(rows)] = {"step_ms": milliseconds, "tokens_per_s": round(1e3 * rows / milliseconds, 1)}
+    return found
 
 
 def _finite(logits: np.ndarray) -> None:

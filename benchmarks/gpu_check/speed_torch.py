@@ -1,7 +1,8 @@
 """The same shapes in transformers: how fast they are as people run them, eager and compiled, in fp16.
 
 ``generate`` with its default cache, and with a static cache, which has it compile each token's step with
-``torch.compile`` (mode ``reduce-overhead``: CUDA graphs). A token's time is that of its arrival on the host.
+``torch.compile`` (mode ``reduce-overhead``: CUDA graphs). A token's time is that of its arrival on the host, and every
+figure that ``speed.py`` has too is of the same work, from the host to the host.
 """
 
 from __future__ import annotations
@@ -18,8 +19,15 @@ from device_memory import device_peak, host_peak
 from names import ShapeName
 from outcome import NotRunError
 from shapes import config_of
-from speed import ANSWER, FIRSTS, bandwidth, median_ms
-from transformers import CLIPVisionConfig, CompileConfig, LlavaConfig, LlavaForConditionalGeneration, StaticCache
+from speed import ANSWER, FIRSTS, PREFILLED, bandwidth, median_ms
+from transformers import (
+    CLIPVisionConfig,
+    CompileConfig,
+    DynamicCache,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    StaticCache,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from llava_deploy.exporter.reference.torch_model import llama_config
@@ -58,7 +66,7 @@ def measure(
     with device_peak() as peak:
         began = time.perf_counter()
         model = _model(shape, device)
-        loaded = time.perf_counter()
+        made = time.perf_counter()
         prompt = _Prompt(model, prompt_tokens, device)
         static = StaticCache(config=model.config.text_config, max_cache_len=max_len) if mode == "compiled" else None
         for seed in range(3):  # compilation is here, and its graphs' capture
@@ -71,27 +79,23 @@ def measure(
     room = min(ANSWER, max_len - prompt_tokens)
     long = [_answer(model, prompt, 100 + seed, static, room) for seed in range(3)]
     rate = statistics.median((len(times) - 1) / (times[-1] - times[0]) for times in long)
-    pixels = prompt.pixels(200)
-
-    def encode() -> None:
-        model.model.get_image_features(pixel_values=pixels.to(device))
-        if device != "cpu":
-            torch.cuda.synchronize()
-
-    with torch.inference_mode():
-        vision_ms = median_ms(encode, 10)
+    vision_ms = _vision_ms(model, prompt.pixels(200), device)
+    prefilled = min(PREFILLED, max_len)
+    prefill_ms = _prefill_ms(model, prefilled, static, device)
     text = model.config.text_config
     cache = 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * (prompt_tokens + room // 2)
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) - _not_read(model)
     return {
         "backend": f"transformers, {mode}, PyTorch {torch.__version__} on {device}",
-        "load_s": round(loaded - began, 2),
-        "warm_up_s": round(warm - loaded, 2),
+        "made_s": round(made - began, 2),
+        "warm_up_s": round(warm - made, 2),
         "device_peak_bytes": peak.device,
         "vision_ms": vision_ms,
         "prompt_tokens": prompt_tokens,
         "ttft_ms": round(first * 1e3, 3),
         "answer_tokens": [len(times) for times in long],
+        "prefill_tokens": prefilled,
+        "prefill_ms": prefill_ms,
         "decode_tokens_per_s": round(rate, 2),
         "host_peak_bytes": host_peak(),
         **bandwidth(weights + cache, rate, copy_gb_per_s),
@@ -137,6 +141,36 @@ class _Prompt:
     def pixels(self, seed: int) -> torch.Tensor:
         drawn = np.random.default_rng(seed).standard_normal(self._size, np.float32)
         return torch.from_numpy(drawn).half()
+
+
+def _vision_ms(model: Any, pixels: torch.Tensor, device: str) -> float:
+    """One picture's pixels on the host to its features there."""
+
+    def encode() -> None:
+        found = model.model.get_image_features(pixel_values=pixels.to(device))
+        features = getattr(found, "pooler_output", found)  # what it gives has changed between releases
+        features = features if isinstance(features, torch.Tensor) else features[0]
+        features.cpu()
+
+    with torch.inference_mode():
+        return median_ms(encode, 10)
+
+
+def _prefill_ms(model: Any, tokens: int, static: StaticCache | None, device: str) -> float:
+    """Embeddings on the host to the logits of the last one there; not compiled, as in ``generate``."""
+    drawn = np.random.default_rng(3).standard_normal((1, tokens, model.config.text_config.hidden_size), np.float32)
+    embeds = torch.from_numpy(drawn * 0.5).half()
+
+    def prefill() -> None:
+        if static is not None:
+            static.reset()
+        cache = DynamicCache(config=model.config.text_config) if static is None else static
+        given = {"inputs_embeds": embeds.to(device), "attention_mask": torch.ones(1, tokens, device=device).long()}
+        found = model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        found.logits.float().cpu()
+
+    with torch.inference_mode():
+        return median_ms(prefill, 5)
 
 
 def _answer(model: Any, prompt: _Prompt, seed: int, cache: StaticCache | None, tokens: int) -> list[float]:

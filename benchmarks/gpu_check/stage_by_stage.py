@@ -14,11 +14,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import torch
-from backends import require_capability
 from names import BackendUnderTest
-from onnxruntime_on import Device, Place
+from onnxruntime_on import open_session
 from outcome import CheckFailedError
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
@@ -28,9 +26,8 @@ from torch_runners import TorchDecoder, TorchVision, decoder_feeds
 
 from llava_deploy.engines.contract import GraphSpec
 from llava_deploy.engines.lowering.files import lower_file
-from llava_deploy.engines.lowering.group_query_attention import LowerGroupQueryAttention
-from llava_deploy.engines.lowering.onnxruntime import attention_form
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest, read_manifest
+from llava_deploy.engines.onnxruntime_module import import_onnxruntime
 from llava_deploy.exporter.checkpoint import open_checkpoint
 from llava_deploy.exporter.demo.questions import drawn_picture
 from llava_deploy.exporter.demo.scenes import checkpoint_dir
@@ -51,25 +48,22 @@ class _Mark(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
 
-def compare(bundle: str, backend: BackendUnderTest, device: str, capability: str | None) -> dict[str, Any]:
+def compare(bundle: str, backend: BackendUnderTest, device: str) -> dict[str, Any]:
     """A part: both graphs of the tiny model's bundle on a backend beside PyTorch, in Polygraphy's comparator.
 
     Args:
         bundle: directory.
-        backend: what runs the graphs.
+        backend: what runs the graphs: a TensorRT, or ONNX Runtime on the CPU.
         device: of PyTorch.
-        capability: of the GPU, as ``sm89``; ``None`` where there is none.
 
     Raises:
         CheckFailedError: a hidden state or an output is out of tolerance.
     """
-    if backend == "tensorrt-rtx" and capability is not None:
-        require_capability(capability)
     directory, manifest = Path(bundle), read_manifest(Path(bundle))
     checkpoint = open_checkpoint(checkpoint_dir())
     stored = checkpoint if manifest.quantization is None else with_stored_decoder(checkpoint, directory)
     model = load_torch(stored).to(device)
-    result: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "outputs": {}}
+    result: dict[str, Any] = {"onnxruntime": import_onnxruntime().__version__, "outputs": {}}
     wrong: list[str] = []
     with exact_float32(), TemporaryDirectory() as place:
         pixels = reference_pixels(drawn_picture(), checkpoint.image).astype(manifest.vision.dtype)
@@ -147,9 +141,5 @@ def _runner(
         from tensorrt_runner import tensorrt_runner
 
         return tensorrt_runner(backend, bundle / graph, manifest, slots, [_Mark()], place)
-    device: Device = "cpu" if backend == "onnxruntime" else "cuda"
-    passes: list[ir.passes.InPlacePass] = [_Mark()]
-    if backend == "onnxruntime-cuda-lowered":
-        passes.append(LowerGroupQueryAttention(attention_form(onnxruntime.__version__)))
-    lowered = lower_file(bundle / graph, place, passes)
-    return OnnxrtRunner(lambda: Place(device).session(str(lowered), place), name=f"{backend}, {spec.name}")
+    lowered = lower_file(bundle / graph, place, [_Mark()])
+    return OnnxrtRunner(lambda: open_session(lowered, "cpu"), name=f"{backend}, {spec.name}")

@@ -21,23 +21,22 @@ from llava_deploy.exporter.weights import expected_tensors
 GpuCheck = Callable[[str], ModuleType]
 
 
-@pytest.mark.parametrize("form", ["canonical", "lowered"])
 def test_the_yardstick_answers_as_the_product(
-    gpu_check: GpuCheck, demo_bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, form: str
+    gpu_check: GpuCheck, demo_bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the CPU; on a GPU only where the buffers are differs."""
-    llava = gpu_check("onnxruntime_on").load(demo_bundles["int4"], None, "cpu", form)
-    assert form in llava.backend
+    llava = gpu_check("onnxruntime_on").load(demo_bundles["int4"], None, "cpu")
+    assert "canonical graphs (a yardstick)" in llava.backend
     questions = gpu_check("questions")
     monkeypatch.setattr(questions, "load", lambda *_: llava)
     monkeypatch.setattr(questions, "PER_KIND", 2)
-    result = questions.ask(str(demo_bundles["int4"]), "onnxruntime-cuda")
+    result = questions.ask(str(demo_bundles["int4"]), "onnxruntime-cuda-canonical")
     assert result["batch of 4"]["right"] >= 8
 
 
 def test_an_onnxruntime_without_the_provider_has_not_run(gpu_check: GpuCheck, demo_bundles: dict[str, Path]) -> None:
     with pytest.raises(gpu_check("outcome").NotRunError, match="without CUDAExecutionProvider"):
-        gpu_check("backends").load(demo_bundles["fp16"], "onnxruntime-cuda", None)
+        gpu_check("backends").load(demo_bundles["fp16"], "onnxruntime-cuda-canonical", None)
 
 
 def test_too_few_right_answers_are_a_failure(
@@ -65,10 +64,13 @@ def test_a_drawn_model_is_measured(
         "int4": (False, False),
         "int4-symmetric": (False, True),
     }[weights]
-    result = speed.measure(str(bundle), "onnxruntime", parts.MEASURED["tiny"].max_len, 10.0)
+    result = speed.measure(str(bundle), "onnxruntime", parts.MEASURED["tiny"].max_len, 10.0, (1, 8))
     assert result["answer_tokens"] == [speed.ANSWER] * 3
     assert result["prompt_tokens"] == parts.MEASURED["tiny"].patches + parts.TEXT_TOKENS
     assert all(result[name] > 0 for name in ("vision_ms", "ttft_ms", "prefill_ms", "decode_tokens_per_s"))
+    batches = result["decode_at_batch"]
+    assert list(batches) == ["1", "8"]
+    assert batches["8"]["tokens_per_s"] == pytest.approx(8e3 / batches["8"]["step_ms"], rel=1e-2)
     weight_bytes = speed.decoder_bytes(read_manifest(bundle))
     cache = 2 * 4 * 2 * 32 * 2 * (result["prompt_tokens"] + speed.ANSWER // 2)  # layers, heads of keys, size, bytes
     assert result["step_bytes"] == weight_bytes + cache
@@ -82,7 +84,8 @@ def test_transformers_are_measured(gpu_check: GpuCheck, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch_speed, "FIRSTS", 2)
     result = torch_speed.measure("tiny", "eager", 120, 256, "cpu", None)
     assert result["answer_tokens"] == [8] * 3
-    assert result["ttft_ms"] > 0
+    assert all(result[name] > 0 for name in ("vision_ms", "ttft_ms", "prefill_ms", "decode_tokens_per_s"))
+    assert result["prefill_tokens"] == 256  # all that a cache of 256 has room for
     assert result["share_of_copy_bandwidth"] is None
     weight_bytes = 2 * (3_160_320 - 640 * 256) - result["step_bytes"]
     assert result["step_bytes"] > 2_000_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_speed_and_memory(gpu_check: GpuCheck, engine: tuple[str, str], monkeypa
     speed = gpu_check("speed")
     monkeypatch.setattr(speed, "ANSWER", 8)
     monkeypatch.setattr(speed, "FIRSTS", 2)
-    result: dict[str, Any] = speed.measure(*engine, MAX_LEN, 900.0)
+    result: dict[str, Any] = speed.measure(*engine, MAX_LEN, 900.0, ())
     assert result["answer_tokens"] == [8] * 3
     assert result["device_peak_bytes"] > 100_000
     assert result["share_of_copy_bandwidth"] is not None
@@ -64,9 +65,25 @@ def test_speed_and_memory(gpu_check: GpuCheck, engine: tuple[str, str], monkeypa
     assert result["vision_ms"] > 0
 
 
-def test_a_gpu_that_tensorrt_for_rtx_does_not_know(gpu_check: GpuCheck, engine: tuple[str, str]) -> None:
-    with pytest.raises(gpu_check("outcome").NotRunError, match=r"builds for sm120, .*and this GPU is sm90"):
-        gpu_check("backends").build(engine[0], "tensorrt-rtx", {}, "sm90")
+@pytest.mark.parametrize(
+    ("capability", "why"),
+    [
+        ((9, 0), r"builds for sm75, .*sm121, and this GPU is sm90$"),
+        ((7, 5), r"builds for sm75, and its runtime refuses such a GPU$"),
+    ],
+)
+def test_a_gpu_that_tensorrt_for_rtx_does_not_run_on(
+    gpu_check: GpuCheck,
+    fake_gpu: FakeGpu,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    why: str,
+) -> None:
+    monkeypatch.setattr(gpu_check("environment"), "COPIED", 1 << 20)
+    fake_gpu.capability = capability
+    found = gpu_check("environment").look()
+    assert re.search(f"^TensorRT for RTX 1.7.1.116 {why}", found["tensorrt_rtx_refusal"])
+    assert gpu_check("parts").missing(found, "tensorrt-rtx") == found["tensorrt_rtx_refusal"]
 
 
 def test_the_environment_names_the_gpu(gpu_check: GpuCheck, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +92,7 @@ def test_the_environment_names_the_gpu(gpu_check: GpuCheck, fake_gpu: FakeGpu, m
     assert found["gpu"]["capability"] == "sm89"
     assert found["gpu"]["memory_bytes"] > 0
     assert found["copy_gb_per_s"] > 0
+    assert found["tensorrt_rtx_refusal"] is None
     assert found["torch_cuda"] is None  # it is in the place of cuda-python only
     fake_gpu.driver = 0
     found = gpu_check("environment").look()

@@ -23,7 +23,7 @@ GpuCheck = Callable[[str], ModuleType]
 def test_polygraphy_finds_the_graphs_equal_to_pytorch(
     gpu_check: GpuCheck, demo_bundles: dict[str, Path], weights: str
 ) -> None:
-    result = gpu_check("stage_by_stage").compare(str(demo_bundles[weights]), "onnxruntime", "cpu", None)
+    result = gpu_check("stage_by_stage").compare(str(demo_bundles[weights]), "onnxruntime", "cpu")
     layers = read_manifest(demo_bundles[weights]).decoder.layers
     for feed in (1, 2):  # a prompt, and a token behind it
         for layer in range(layers):
@@ -43,7 +43,7 @@ def test_polygraphy_names_the_layer_that_is_off(
     place = bundle / where["location"]
     np.memmap(place, np.float16, "r+", int(where["offset"]), tuple(weight.dims))[:] *= np.float16(1.1)
     with pytest.raises(gpu_check("outcome").CheckFailedError) as caught:
-        gpu_check("stage_by_stage").compare(str(bundle), "onnxruntime", "cpu", None)
+        gpu_check("stage_by_stage").compare(str(bundle), "onnxruntime", "cpu")
     outputs = caught.value.result["outputs"]
     wrong = [name for name, output in outputs.items() if not output["ok"]]
     assert "decoder hidden_states.2, feed 1 of 2" in wrong

@@ -181,6 +181,10 @@ class FakeCuda(Calls):
     def cudaEventDestroy(self, event: Any) -> None:
         self._drop(event, Event)
 
+    @results(1)
+    def cudaThreadExchangeStreamCaptureMode(self, mode: Any) -> Any:
+        return mode
+
     @results(0)
     def cudaStreamBeginCapture(self, stream: Any, mode: Any) -> None:
         if self.stream(stream).capture is not None:
