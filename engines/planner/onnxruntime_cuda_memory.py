@@ -18,26 +18,27 @@ _MB = 10**6
 _LOGIT = 4  # bytes of a float32
 _HALF = 2  # bytes of a float16, in which everything else is
 
-PROVIDER = 600 * _MB
+PROVIDER = 260 * _MB
 """What CUDA's provider takes of the device beside what is counted here: the kernels that are loaded, cuBLAS's and
 cuDNN's workspaces, recorded CUDA graphs.
 
-An estimate, not yet measured on a GPU. ``benchmarks/planner_device.py`` fits it to what ``benchmarks/gpu_check``
-measured.
+An estimate: fitted to one run, of 1.4 thousand million parameters in int4, with ONNX Runtime 1.31.1 on an H100
+(``benchmarks/results/gpu/bench_h100_1.1b_int4.json``). ``benchmarks/gpu_check/planned_memory.py`` fits it to what the
+GPU check measured.
 """
 
 CONTEXT = 500 * _MB
-"""Assumed for an empty CUDA context; the GPU check's figures begin where there is one already."""
+"""Assumed for an empty CUDA context; what is measured on a GPU begins where there is one already."""
 
 _ARENA = 2.0
 """How much an arena has of what is in use at once: it gives nothing back, and prompts of other lengths want blocks of
-other sizes. An estimate, not yet measured on a GPU."""
+other sizes. Assumed; what it is wrong by is in :data:`PROVIDER`."""
 
-_HOST = 400 * _MB
-"""Assumed, for Python, the libraries' own and CUDA's bookkeeping."""
+_HOST = 380 * _MB
+"""For Python, the libraries' own and CUDA's bookkeeping; of the same run."""
 
-_HOST_LIBRARIES = Part("process", "mapped", 300 * _MB)
-"""Assumed, for CUDA's libraries."""
+_HOST_LIBRARIES = Part("process", "mapped", 230 * _MB)
+"""CUDA's libraries; of the same run."""
 
 _BUILD = Part("process", "host", 72 * _MB)
 _BUILD_LIBRARIES = Part("process", "mapped", 25 * _MB)
@@ -83,16 +84,15 @@ def cuda_engine_bytes(model: PlannedModel) -> int:
 
 
 def cuda_run_memory(model: PlannedModel, sizes: Sizes) -> Memory:
-    """Peak of a run that fills its cache. The host's is that of loading, whose weights are gone afterwards.
+    """Peak of a run that fills its cache. The host's is that of loading: quantised weights stay there, others go.
 
-    Where host and GPU share their memory that makes the sum too large by what is in the cache, or the weights.
+    So where host and GPU share their memory the sum is too large, by the lesser of the cache and the weights that go.
     """
     products = _products(model.decoder_weights)
     device = (
         Part("weights", "device", model.vision_weights.nbytes + model.decoder_bytes),
-        Part("KV cache", "device", sizes.max_batch * sizes.max_len * model.cache_bytes_per_slot),
+        Part("KV cache", "device", _cache(model, sizes)),
         Part("activations", "device", int(_ARENA * (_prefill(model, sizes) + _tower(model, sizes)))),
-        Part("activations", "device", _step(model, sizes)),
         Part("workspace", "device", _HALF * max((sum(t.values for t in product) for product in products), default=0)),
         Part("process", "device", CONTEXT + PROVIDER),
     )
@@ -159,9 +159,15 @@ def _piece(model: PlannedModel, sizes: Sizes) -> int:
     return sizes.max_seq * model.decoder.hidden_size * _HALF
 
 
-def _step(model: PlannedModel, sizes: Sizes) -> int:
-    """Logits of the rows, and of the one that is being read."""
-    return _LOGIT * (sizes.max_batch + 1) * model.decoder.vocab_size
+def _cache(model: PlannedModel, sizes: Sizes) -> int:
+    """With the logits of the rows, and of the one that is being read, which are in the same arena.
+
+    That of ONNX Runtime's Python module doubles what it has when it needs more: seen on an H100 with 1.31.1, 128 MiB
+    for one row of 88 MiB, and 256, 512 and 1,024 for 2, 4 and 8.
+    """
+    logits = _LOGIT * (sizes.max_batch + 1) * model.decoder.vocab_size
+    needed = sizes.max_batch * sizes.max_len * model.cache_bytes_per_slot + logits
+    return 1 << (needed - 1).bit_length()
 
 
 def _tower(model: PlannedModel, sizes: Sizes) -> int:

@@ -1,4 +1,4 @@
-"""What the GPU check measured, held against the planner."""
+"""What was measured on a GPU, held against the planner."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 
-from llava_deploy.engines.planner.onnxruntime_cuda_memory import PROVIDER
+from llava_deploy.engines.planner.model import Sizes
+from llava_deploy.engines.planner.onnxruntime_cuda_memory import CONTEXT, PROVIDER, cuda_run_memory
+from llava_deploy.exporter.plan_source import planned_config
+from llava_deploy.exporter.quantization.request import QuantizeOptions
 
 GpuCheck = Callable[[str], ModuleType]
 GB = 10**9
+MEASURED = Path(__file__).parents[2] / "benchmarks/results/gpu/bench_h100_1.1b_int4.json"
+WITHIN = 0.1
 
 
 def part(name: str, status: str = "passed", device: int | None = 6 * GB) -> dict[str, Any]:
@@ -38,7 +43,7 @@ def test_parts_that_measured_the_backend_on_a_gpu_are_compared(
     int4, fp16 = planned_memory.compared(check)
     assert (int4.part, fp16.part) == names
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    cache = 2048 * 2 * 32 * 4096 * 2
+    cache = 1 << 31  # 1 GiB, and the logits
     assert fp16.counted == pytest.approx(2 * weights + cache + 1.2 * GB, rel=0.03)  # and tower, head, activations
     assert fp16.counted - int4.counted == pytest.approx((2 - 0.5 - 2.5 / 128) * weights, rel=0.03)
     assert int4.left == 6 * GB - int4.counted
@@ -48,3 +53,21 @@ def test_parts_that_measured_the_backend_on_a_gpu_are_compared(
     monkeypatch.setattr("sys.argv", ["planned_memory.py", str(path)])
     planned_memory.main()
     assert capsys.readouterr().out.splitlines()[0].startswith("7b/int4/onnxruntime-cuda/speed: device 6.00 GB, counted")
+
+
+def test_the_planner_is_near_what_a_gpu_took(gpu_check: GpuCheck) -> None:
+    """Of a prompt in one row, and of 2, 4 and 8 rows; each phase's peak, over an empty context."""
+    bench = json.loads(MEASURED.read_text(encoding="utf-8"))
+    options = QuantizeOptions(bench["bundle"]["quantization"]["group_size"], symmetric=False, lm_head="fp16")
+    model = planned_config(gpu_check("shapes").config_of("1b"), "1b", "int4", options, {})
+    phases = {entry["phase"]: entry for entry in bench["memory"]}
+
+    def planned(rows: int) -> Any:
+        return cuda_run_memory(
+            model, Sizes(rows, bench["backend"]["max_len"], bench["first_token"]["prompt_tokens"], 1)
+        )
+
+    for rows, phase in ((1, "one prompt"), (2, "batch of 2"), (4, "batch of 4"), (8, "batch of 8")):
+        assert planned(rows).device - CONTEXT == pytest.approx(phases[phase]["device"], rel=WITHIN)
+    assert planned(1).anonymous == pytest.approx(phases["loading"]["anonymous"], rel=WITHIN)
+    assert planned(1).mapped == pytest.approx(phases["loading"]["mapped"], rel=WITHIN)
