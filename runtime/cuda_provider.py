@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 NO_REPLAY = -1
 """In the place of a run's number: its kernels are launched one by one."""
 
+_FATAL, _WARNING = 4, 2
+"""Severities of ONNX Runtime's log; it begins with the second."""
+
 _REMEDY = "llava-deploy doctor says what is missing"
 
 
@@ -52,15 +55,18 @@ class Provider:
         if self.captures:
             _load_libraries(ort)
         settings = ort.SessionOptions()
-        settings.log_severity_level = 4  # its errors come as exceptions
+        settings.log_severity_level = _FATAL  # its errors come as exceptions
         options = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
         if self.captures:
             options["enable_cuda_graph"] = "1"
         providers = [(self.name, options)] if self.captures else [self.name]
+        ort.set_default_logger_severity(_FATAL)  # it logs what is missing, and goes on: seen below
         try:
             session = ort.InferenceSession(str(model), settings, providers=providers, enable_fallback=0)
         except Exception as error:
             raise BackendError(f"{model}: {version} cannot load it on the GPU: {cause(error)}; {_REMEDY}") from error
+        finally:
+            ort.set_default_logger_severity(_WARNING)
         if self.name not in session.get_providers():  # it goes on without one that cannot start
             raise BackendError(f"{version} cannot start {self.name} here; {_REMEDY}")
         return session

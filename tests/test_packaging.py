@@ -92,7 +92,7 @@ def test_the_base_install_is_the_runtime(metadata: Message) -> None:
     assert wanted[""] == {"click", "jinja2", "numpy", "pillow", "rich", "tokenizers", "zstandard"}
     assert not wanted[""] & NEVER_IN_BASE
     assert wanted["cpu"] == {"onnxruntime"}
-    assert wanted["gpu"] == {"onnxruntime-gpu"}
+    assert wanted["gpu"] == {"cuda-python", "onnxruntime-gpu"}
     assert {"torch", "transformers", "onnx", "onnxscript", "onnx-ir", "safetensors", "polygraphy"} <= wanted["export"]
 
 

@@ -26,7 +26,7 @@ FILES = [
 GROUND_FLOOR = (
     *("contract", "manifest", "names", "errors", "integrity", "engine_manifest", "staging", "nibbles"),
     *("tensorrt_recipe", "tensorrt_module", "decoder_parts", "processor", "plain", "goldens", "rewriting", "arrays"),
-    *("onnxruntime_module", "host_memory", "fitting"),
+    *("onnxruntime_module", "onnxruntime_cuda", "host_memory", "fitting"),
 )
 EXPORT_ONLY = {
     "torch",
