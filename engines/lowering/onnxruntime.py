@@ -10,6 +10,7 @@ from llava_deploy.engines.lowering.fused_linears import FuseLinears
 from llava_deploy.engines.lowering.group_query_attention import Form, LowerGroupQueryAttention
 from llava_deploy.engines.lowering.int8_linears import RoundLinearsToInt8
 from llava_deploy.engines.lowering.int8_projections import PackInt8Projections
+from llava_deploy.engines.lowering.last_tokens import PickLastTokensEarly
 from llava_deploy.engines.lowering.multi_head_attention import LowerMultiHeadAttention
 from llava_deploy.engines.lowering.skip_norms import FuseSkipNorms
 from llava_deploy.engines.lowering.unused_inputs import DropUnusedInputs
@@ -29,7 +30,8 @@ def vision_passes(int8: tuple[Int8Part, ...] = ()) -> list[ir.passes.InPlacePass
 def decoder_passes(form: Form) -> list[ir.passes.InPlacePass]:
     """For the decoder. Attention comes late: it takes in the product of queries, keys and values that was fused."""
     attention = LowerGroupQueryAttention(form)
-    return [WidenFloats(), BlockColumnScales(), FuseSkipNorms(), FuseLinears(), attention, DropUnusedInputs()]
+    products = [WidenFloats(), PickLastTokensEarly(), BlockColumnScales(), FuseSkipNorms(), FuseLinears()]
+    return [*products, attention, DropUnusedInputs()]
 
 
 def int8_decoder_passes(form: Form) -> list[ir.passes.InPlacePass]:
@@ -38,7 +40,8 @@ def int8_decoder_passes(form: Form) -> list[ir.passes.InPlacePass]:
     Norms stay beside their sums: together they take less time for one token, and more for 233.
     """
     attention = LowerGroupQueryAttention(form)
-    return [WidenFloats(), RoundLinearsToInt8(), attention, PackInt8Projections(), DropUnusedInputs()]
+    products = [WidenFloats(), PickLastTokensEarly(), RoundLinearsToInt8()]
+    return [*products, attention, PackInt8Projections(), DropUnusedInputs()]
 
 
 def attention_form(version: str) -> Form:
