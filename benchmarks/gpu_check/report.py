@@ -57,7 +57,7 @@ def markdown(found: dict[str, Any], settings: dict[str, Any], outcomes: Sequence
         f"{found.get('machine')}; Python {found.get('python')}."
         + (f" A copy within the GPU's memory: {copied:.0f} GB/s, read and written." if copied else ""),
         "",
-        ", ".join(f"{name} {version}" for name, version in found.get("packages", {}).items() if version),
+        _versions(found),
         "",
         "## Right",
         "",
@@ -91,6 +91,14 @@ def markdown(found: dict[str, Any], settings: dict[str, Any], outcomes: Sequence
     failed = [f"- `{one.name}`: {_line(one.reason)}" for one in outcomes if one.status == "failed"]
     lines += ["## Failed", "", *(failed or ["Nothing."]), "", "## Not run", "", *(_not_run(outcomes) or ["Nothing."])]
     return "\n".join(lines) + "\n"
+
+
+def _versions(found: dict[str, Any]) -> str:
+    """Of packages, and of modules that tell their own: where two packages hold one, it is not clear which is taken."""
+    installed = [f"{name} {version}" for name, version in found.get("packages", {}).items() if version]
+    modules = found.get("modules", {}).items()
+    imported = [f"{name} {version}" for name, version in modules if not version.startswith("cannot be imported")]
+    return f"Installed: {', '.join(installed)}. Imported: {', '.join(imported)}."
 
 
 def _not_run(outcomes: Sequence[Outcome]) -> list[str]:

@@ -188,6 +188,7 @@ def test_aims_are_held_against_what_was_measured(gpu_check: Callable[[str], Modu
         gpu_check("outcome").not_run("7b/fp16/tensorrt/speed", "no module"),
     ]
     text = gpu_check("report").markdown(with_gpu(), {"shape": "7b"}, outcomes)
+    assert "Installed: torch 2.13. Imported: onnxruntime 1.32.0, tensorrt_rtx 1.7.1.116, tensorrt 10.15.1." in text
     assert "| TTFT ms | prefill 640 ms | decode tok/s | share of copy bandwidth | GPU memory GB | load s |" in text
     assert "| 7b, int4, tensorrt-rtx | 9.0 | 80.0 | 6.2 | 100.0 | 85% | 5.0 | 1.0 |" in text
     assert "| 7b, fp16, transformers eager | 9.0 | 90.0 | 6.2 | 100.0 | 50% | 5.0 | - |" in text
