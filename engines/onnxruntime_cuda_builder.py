@@ -1,4 +1,4 @@
-"""Bundle to an engine for ONNX Runtime's CUDA provider: the decoder lowered, the vision graph as it is.
+"""Bundle to an engine for ONNX Runtime's CUDA provider: both graphs lowered, in float16 throughout.
 
 It needs neither a GPU nor ONNX Runtime, and what it makes is for no GPU and no release in particular: ONNX Runtime
 chooses its kernels when it loads a graph. Weights that no pass changes are the bundle's own files under a second name,
@@ -45,31 +45,26 @@ def build_onnxruntime_cuda(bundle: Path, *, replace: bool = False) -> Path:
     require_space(bundle, graphs_size(manifest) if is_quantised else 0)
     try:
         with staged_directory(output, replace=True) as staging:
-            files = [*_as_it_is(bundle, VISION_GRAPH, staging), *_lowered_decoder(bundle, staging, is_quantised)]
-            write_engine_manifest(staging, key, files)
+            write_engine_manifest(staging, key, _lowered(bundle, staging, is_quantised=is_quantised))
     except OSError as error:
         raise write_error(output, error) from error
     return output
 
 
-def _as_it_is(bundle: Path, graph: str, staging: Path) -> list[str]:
-    names = [name for name in (graph, f"{graph}.data") if (bundle / name).exists()]
-    for name in names:
-        link_or_copy(bundle / name, staging / name)
-    return names
-
-
-def _lowered_decoder(bundle: Path, staging: Path, is_quantised: bool) -> list[str]:
+def _lowered(bundle: Path, staging: Path, *, is_quantised: bool) -> list[str]:
+    """Both graphs with their weights; names of the files that were written."""
     try:
         from llava_deploy.engines.lowering.files import lower_file, lower_in_memory
-        from llava_deploy.engines.lowering.onnxruntime_cuda import decoder_passes
+        from llava_deploy.engines.lowering.onnxruntime_cuda import decoder_passes, vision_passes
     except ImportError as error:
         raise lacks_onnx_ir(error) from error
-    data = f"{DECODER_GRAPH}.data"
-    if is_quantised:  # products were put together: their weights are new
-        lower_file(bundle / DECODER_GRAPH, staging, decoder_passes())
-    else:
-        graph = lower_in_memory(bundle / DECODER_GRAPH, decoder_passes())
-        (staging / DECODER_GRAPH).write_bytes(graph)
-        link_or_copy(bundle / data, staging / data)
-    return [DECODER_GRAPH, data]
+    files = []
+    for name, passes in ((VISION_GRAPH, vision_passes()), (DECODER_GRAPH, decoder_passes())):
+        data = f"{name}.data"
+        if name == DECODER_GRAPH and is_quantised:  # products were put together: their weights are new
+            lower_file(bundle / name, staging, passes)
+        else:
+            (staging / name).write_bytes(lower_in_memory(bundle / name, passes))
+            link_or_copy(bundle / data, staging / data)
+        files += [name, data]
+    return files

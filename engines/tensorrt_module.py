@@ -18,24 +18,21 @@ SPOKEN: Mapping[TensorRtBackend, str] = {"tensorrt": "TensorRT", "tensorrt-rtx":
 """What people call them."""
 
 RTX_CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-"""What TensorRT for RTX 1.7.1.116 can be told to build for (``ComputeCapability`` of its module).
-
-More than it runs on: see :func:`rtx_runs_on`.
-"""
-
-_RTX_RUNTIME = ("sm80", "sm86", "sm89", "sm120")
+"""What TensorRT for RTX 1.7.1.116 can be told to build for (``ComputeCapability`` of its module)."""
 
 DTYPES: Mapping[str, str] = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "bool": "BOOL"}
 """TensorRT's name of each dtype that a graph's inputs and outputs have."""
 
 
 def rtx_runs_on(capability: str) -> bool:
-    """Whether TensorRT for RTX runs an engine on a GPU of this compute capability, as ``sm89``.
+    """Whether TensorRT for RTX runs an engine that was built for it on a GPU of this compute capability, as ``sm89``.
 
-    Source: what the runtime of 1.7.1.116 says when it refuses an engine on sm90, which it builds for all the same:
-    "Supported compute capabilities: 8.0 8.6 8.9 12.0 12.1 >12.0". There is no 7.5 among them.
+    Source: what 1.7.1.116 can be told to build for, and what its runtime said when it refused an engine on sm90, which
+    it builds without complaint: "Supported compute capabilities: 8.0 8.6 8.9 12.0 12.1 >12.0", the targets of an engine
+    for which none were named (documentation of TensorRT-RTX, "CPU-Only AOT": 7.5 has to be named).
     """
-    return capability in _RTX_RUNTIME or int(capability.removeprefix("sm")) > int(_RTX_RUNTIME[-1].removeprefix("sm"))
+    newest = max(int(name.removeprefix("sm")) for name in RTX_CAPABILITIES)
+    return capability in RTX_CAPABILITIES or int(capability.removeprefix("sm")) > newest
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from llava_deploy.engines.errors import BackendError
 from llava_deploy.engines.onnxruntime_cuda import CUDA_PROVIDER
@@ -70,6 +71,21 @@ class Provider:
         if self.name not in session.get_providers():  # it goes on without one that cannot start
             raise BackendError(f"{version} cannot start {self.name} here; {_REMEDY}")
         return session
+
+    def zeros(
+        self, session: onnxruntime.InferenceSession, shape: Sequence[int], dtype: DTypeLike
+    ) -> onnxruntime.OrtValue:
+        """Zeros on the device, in the session's memory where ONNX Runtime can do that (1.31 can).
+
+        Memory that belongs to no session comes in powers of two: a cache of 88 MiB took 128 on an H100.
+        """
+        zeros = np.zeros(shape, dtype)
+        allocate = getattr(session, "create_ortvalue_from_shape_and_type", None)
+        if allocate is None:
+            return self.value(zeros)
+        found: onnxruntime.OrtValue = allocate([*shape], zeros.dtype.type, self.device, 0)
+        found.update_inplace(zeros)
+        return found
 
     def value(self, array: np.ndarray) -> onnxruntime.OrtValue:
         """A copy of an array on the device; on the CPU, the array itself."""

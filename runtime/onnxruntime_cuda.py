@@ -176,7 +176,7 @@ class OnnxRuntimeCudaDecoder:
         try:
             for layer in range(shape.layers):
                 for part in ("key", "value"):
-                    self._cache[layer, part] = self._provider.value(np.zeros(size, shape.dtype))
+                    self._cache[layer, part] = self._provider.zeros(self._session, size, shape.dtype)
             self._row_logits = self._provider.value(np.zeros((1, shape.vocab_size), np.float32))
         except Exception as error:
             self._cache.clear()

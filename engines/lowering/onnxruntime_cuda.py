@@ -1,4 +1,4 @@
-"""The passes that make a canonical decoder one for ONNX Runtime's CUDA provider, in order."""
+"""The passes that make a canonical graph one for ONNX Runtime's CUDA provider, in order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import onnx_ir as ir
 from llava_deploy.engines.lowering.fused_linears import FuseLinears
 from llava_deploy.engines.lowering.group_query_attention import Form, LowerGroupQueryAttention
 from llava_deploy.engines.lowering.skip_norms import FuseSkipNorms
+from llava_deploy.engines.lowering.transposed_weights import FuseTransposedWeights
 from llava_deploy.engines.lowering.unused_inputs import DropUnusedInputs
+
+
+def vision_passes() -> list[ir.passes.InPlacePass]:
+    """For the vision graph, whose weights are as they were."""
+    return [FuseTransposedWeights()]
 
 
 def decoder_passes() -> list[ir.passes.InPlacePass]:
@@ -15,4 +21,5 @@ def decoder_passes() -> list[ir.passes.InPlacePass]:
 
     Weights of floats are as they were, so an engine can have them of the bundle.
     """
-    return [FuseSkipNorms(), FuseLinears(), LowerGroupQueryAttention(Form.STATED), DropUnusedInputs()]
+    attention = LowerGroupQueryAttention(Form.STATED)
+    return [FuseSkipNorms(), FuseLinears(), FuseTransposedWeights(), attention, DropUnusedInputs()]
