@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from llava_deploy.engines.lowering.fused_linears import FuseLinears
 from llava_deploy.engines.lowering.group_query_attention import Form, LowerGroupQueryAttention
+from llava_deploy.engines.lowering.last_tokens import PickLastTokensEarly
 from llava_deploy.engines.lowering.skip_norms import FuseSkipNorms
 from llava_deploy.engines.lowering.transposed_weights import FuseTransposedWeights
 from llava_deploy.engines.lowering.unused_inputs import DropUnusedInputs
@@ -21,5 +22,5 @@ def decoder_passes() -> list[ir.passes.InPlacePass]:
 
     Weights of floats are as they were, so an engine can have them of the bundle.
     """
-    attention = LowerGroupQueryAttention(Form.STATED)
-    return [FuseSkipNorms(), FuseLinears(), FuseTransposedWeights(), attention, DropUnusedInputs()]
+    products = [PickLastTokensEarly(), FuseSkipNorms(), FuseLinears(), FuseTransposedWeights()]
+    return [*products, LowerGroupQueryAttention(Form.STATED), DropUnusedInputs()]
