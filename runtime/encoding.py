@@ -18,7 +18,14 @@ from llava_deploy.runtime.backend import ImageFeatures, VisionSession
 from llava_deploy.runtime.bundle import Bundle
 from llava_deploy.runtime.context import FeatureCache, KnownPictures
 from llava_deploy.runtime.new_tokens import NewTokens, splice_rows
-from llava_deploy.runtime.pictures import PictureSource, TakenPicture, source_key, take_picture
+from llava_deploy.runtime.pictures import (
+    PictureSource,
+    TakenPicture,
+    load_picture,
+    pixels_digest,
+    source_key,
+    take_picture,
+)
 from llava_deploy.runtime.preprocess import preprocess_batch
 from llava_deploy.runtime.token_texts import TokenTexts
 from llava_deploy.runtime.tokenize import tokenize_prompt
@@ -155,13 +162,16 @@ class PromptEncoder:
     ) -> bytes:
         """Digest of a picture, which goes to ``features`` with what is known, or else to ``unknown``.
 
-        It is decoded only where its features are not known, or not that it is the one that they are of.
+        It is decoded, or copied, only where its features are not known, or not that it is the one that they are of.
         """
         key = None if isinstance(source, TakenPicture) else source_key(source)
-        digest = source.digest if isinstance(source, TakenPicture) else self._known.get(key)
+        seen = pixels_digest(source)
+        digest = source.digest if isinstance(source, TakenPicture) else seen
+        if digest is None:
+            digest = self._known.get(key)
         found = None if digest is None else self._features.get(digest)
         if digest is None or (found is None and digest not in unknown):
-            taken = take_picture(source)
+            taken = take_picture(source) if seen is None else TakenPicture(load_picture(source), seen)
             digest, found = taken.digest, self._features.get(taken.digest)
             unknown[digest] = taken.image
         if found is not None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias, runtime_checkab
 import numpy as np
 
 from llava_deploy.engines.errors import PictureError
-from llava_deploy.runtime.pixels import DAMAGED, array_to_rgb, cause_of, upright_rgb
+from llava_deploy.runtime.pixels import DAMAGED, array_to_rgb, cause_of, is_upright_rgb, upright_rgb
 from llava_deploy.runtime.quiet_pillow import quiet_pillow
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ _SETTLED = 2.0
 """Seconds: the coarsest clock of a file system that is about, FAT's."""
 _DEFLATED = 1032
 """Bytes that deflate makes of one at most (zlib's technical details, "maximum compression factor")."""
+_HASHED = 1 << 20
+"""Bytes of pixels that are hashed at a time: as many as stay in a processor's caches from Pillow to the hash."""
 _SHOWN = 90
 """Characters of a path or URI in a message."""
 
@@ -141,11 +143,26 @@ def source_key(source: PictureSource) -> Hashable | None:
 
 
 def picture_digest(image: Image.Image) -> bytes:
-    """16 bytes that are equal for equal mode, size and pixels, in every process: the key of a feature cache."""
+    """16 bytes that are equal for equal mode, size and pixels, in every process: the key of a feature cache.
+
+    They are of sha256, for which processors have instructions.
+    """
     width, height = image.size
-    digest = hashlib.blake2b(f"{image.mode} {width} {height} ".encode(), digest_size=16)
-    digest.update(image.tobytes())
-    return digest.digest()
+    digest = hashlib.sha256(f"{image.mode} {width} {height} ".encode())
+    rows = max(1, _HASHED // (width * len(image.getbands())))
+    for top in range(0, height, rows):
+        digest.update(image.crop((0, top, width, min(top + rows, height))).tobytes())
+    return digest.digest()[:16]
+
+
+def pixels_digest(source: PictureSource) -> bytes | None:
+    """The digest of what :func:`load_picture` would make of a Pillow image, without making it.
+
+    ``None`` for other sources, and for an image whose pixels are not taken as they are.
+    """
+    from PIL import Image
+
+    return picture_digest(source) if isinstance(source, Image.Image) and is_upright_rgb(source) else None
 
 
 def _from_path(path: str) -> Image.Image:

@@ -67,14 +67,25 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
         raise PictureError(f"{name}: truncated or damaged ({cause_of(error)}); get the file again") from error
 
 
+def is_upright_rgb(image: Image.Image) -> bool:
+    """Whether an image is in memory, not a file that is yet to be read, with the pixels of :func:`upright_rgb`."""
+    from PIL import Image
+
+    in_memory = type(image) is Image.Image and 0 < image.width * image.height <= MAX_PIXELS
+    return in_memory and _is_plain(image) and _orientation(image) == 1
+
+
+def _is_plain(image: Image.Image) -> bool:
+    return image.mode == "RGB" and image.info.get("transparency") is None
+
+
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Band by band where it is large: what is between must not take the memory of the picture several times."""
     from PIL import Image
 
     width, height = image.size
     rows = max(1, _BAND // width)
-    is_plain = image.mode == "RGB" and image.info.get("transparency") is None
-    if rows >= height or is_plain:
+    if rows >= height or _is_plain(image):
         return _band_to_rgb(image, name)
     whole = Image.new("RGB", image.size)
     for top in range(0, height, rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import os
 import time
@@ -18,7 +19,7 @@ from llava_deploy.engines.errors import PictureError
 from llava_deploy.engines.names import FEATURES_KEPT
 from llava_deploy.runtime import Llava
 from llava_deploy.runtime.context import KnownPictures
-from llava_deploy.runtime.pictures import load_picture, picture_digest, source_key, take_picture
+from llava_deploy.runtime.pictures import load_picture, picture_digest, pixels_digest, source_key, take_picture
 
 LONG_AGO = 1_600_000_000
 
@@ -139,6 +140,52 @@ def test_a_picture_that_was_taken_is_not_looked_at_again(llava: Llava, monkeypat
 
     monkeypatch.setattr("llava_deploy.runtime.pictures.picture_digest", refuse)
     np.testing.assert_array_equal(features(llava, taken, taken), twice(wanted))
+
+
+def test_a_known_image_is_hashed_where_it_lies(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = drawn(11)
+    wanted = features(llava, image)
+
+    def refuse(*_: Any) -> Image.Image:
+        raise AssertionError("it was copied")
+
+    monkeypatch.setattr("llava_deploy.runtime.pictures.upright_rgb", refuse)
+    np.testing.assert_array_equal(features(llava, image), wanted)
+
+
+def turned(image: Image.Image) -> Image.Image:
+    image.getexif()[0x0112] = 6
+    return image
+
+
+def keyed(image: Image.Image) -> Image.Image:
+    image.info["transparency"] = (0, 0, 0)
+    return image
+
+
+@pytest.mark.parametrize(
+    "change", [turned, keyed, lambda image: image.convert("L"), lambda image: image.convert("RGBA")]
+)
+def test_what_is_not_taken_as_it_is_has_no_digest_before_it_is(change: Callable[[Image.Image], Image.Image]) -> None:
+    image = drawn(12)
+    assert pixels_digest(image) == picture_digest(load_picture(image))
+    assert pixels_digest(change(image)) is None
+
+
+def test_only_images_in_memory_have_a_digest_of_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(as_png(drawn(13)))
+    with Image.open(path) as opened:
+        assert pixels_digest(opened) is None
+    assert pixels_digest(path) is None
+    assert pixels_digest(Image.new("RGB", (0, 3))) is None
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 100_000), (100_000, 7), (1999, 701)])
+def test_the_digest_is_of_all_pixels_in_order(size: tuple[int, int]) -> None:
+    image = drawn(14, size)
+    whole = hashlib.sha256(f"RGB {size[0]} {size[1]} ".encode() + image.tobytes()).digest()
+    assert picture_digest(image) == whole[:16]
 
 
 @pytest.mark.usefixtures("later")
