@@ -30,7 +30,7 @@ from PIL import Image
 
 from llava_deploy.engines.manifest import ImageRecipe
 from llava_deploy.runtime import GREEDY, Llava, SamplingOptions
-from llava_deploy.runtime.bench.sessions import TimedDecoder
+from llava_deploy.runtime.backend import DecoderSession, Placement
 from llava_deploy.runtime.pictures import take_picture
 from llava_deploy.runtime.preprocess import preprocess_batch
 
@@ -49,6 +49,38 @@ CASES: dict[str, tuple[int, SamplingOptions]] = {
 SIZES = ((640, 480), (4000, 3000))
 SETTLED = 2.2
 """Seconds after which a file that was written counts as one that stays."""
+
+
+class WatchedDecoder:
+    """A decoder's session, and when each step ended; of a token's time, next to nothing is the watch's own."""
+
+    def __init__(self, session: DecoderSession) -> None:
+        self._session = session
+        self.max_len = session.max_len
+        self.max_seq = session.max_seq
+        self.begin = session.begin
+        self.clear = session.clear
+        self.ended: list[float] = []
+        self.run: list[float] = []
+        """Seconds in the backend until then."""
+
+    @property
+    def run_seconds(self) -> float:
+        """See :class:`DecoderSession`."""
+        return self._session.run_seconds
+
+    def step(
+        self,
+        inputs_embeds: np.ndarray,
+        write_indices: np.ndarray,
+        last_index: np.ndarray,
+        pictures: Sequence[Placement] = (),
+    ) -> np.ndarray:
+        """Run the decoder over new tokens; see :class:`DecoderSession`."""
+        logits = self._session.step(inputs_embeds, write_indices, last_index, pictures)
+        self.ended.append(time.perf_counter())
+        self.run.append(self._session.run_seconds)
+        return logits
 
 
 def main() -> None:
@@ -87,7 +119,7 @@ def overhead(llava: Llava, tokens: int, turns: int) -> dict[str, dict[str, float
     runs: dict[str, list[float]] = {name: [] for name in CASES}
     for turn in range(turns + 1):
         for name, (batch, sampling) in CASES.items():
-            llava.decoder = timed = TimedDecoder(decoder)
+            llava.decoder = watched = WatchedDecoder(decoder)
             if batch == 1:
                 for _ in llava.stream(PROMPT, max_new_tokens=tokens, sampling=sampling):
                     pass
@@ -95,9 +127,10 @@ def overhead(llava: Llava, tokens: int, turns: int) -> dict[str, dict[str, float
                 prompts = [f"{PROMPT} {number}" for number in range(batch)]
                 llava.generate(prompts, max_new_tokens=tokens, sampling=sampling)
             if turn:  # the first is to warm up
-                laps = timed.laps[-(tokens - 1) :]
-                found[name] += [1e6 * (lap.ended - before.ended - lap.run) for before, lap in pairwise(laps)]
-                runs[name] += [1e6 * lap.run for lap in laps]
+                steps = list(pairwise(zip(watched.ended, watched.run, strict=True)))[-(tokens - 2) :]
+                runs[name] += [1e6 * (run - run_before) for (_, run_before), (_, run) in steps]
+                whole = [1e6 * (end - before) for (before, _), (end, _) in steps]
+                found[name] += [a - b for a, b in zip(whole, runs[name][-len(whole) :], strict=True)]
     llava.decoder = decoder
     return {name: {**spread(values), "run_median": middle(runs[name])} for name, values in found.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "context"]
 """``stop``: a stop token or string; ``length``: ``max_new_tokens``; ``context``: the cache is full."""
@@ -51,8 +51,7 @@ class Answer:
     timings: Timings
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of an answer as it streams: whole characters, and the tokens chosen since the piece before.
 
     ``finish_reason`` and ``timings`` are ``None`` but in the last piece.

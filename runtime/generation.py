@@ -37,21 +37,29 @@ class Row:
         """Slots of the cache that are this row's: the index that its next key goes to."""
         self.new_tokens: list[int] = []
         self.new_text: list[str] = []
+        """What each of them made certain, often nothing."""
         self.finish_reason: FinishReason | None = None
 
     def accept(self, token: int, limits: GenerationLimits, max_len: int) -> None:
         """Take the chosen token; set ``finish_reason`` where it is the last."""
         self.new_tokens.append(token)
+        text = ""
+        reason: FinishReason | None = None
         if token in limits.stop_token_ids:
-            self._finish("stop")
-            return
-        self.new_text.append(self.text.push(token))
-        if self.text.finished:
-            self.finish_reason = "stop"
-        elif len(self.new_tokens) == limits.max_new_tokens:
-            self._finish("length")
-        elif self.length == max_len:
-            self._finish("context")
+            reason = "stop"
+        else:
+            text = self.text.push(token)
+            if self.text.finished:
+                reason = "stop"
+            elif len(self.new_tokens) == limits.max_new_tokens:
+                reason = "length"
+            elif self.length == max_len:
+                reason = "context"
+        if reason is not None:
+            text += self.text.flush()
+            # What was held back may have been the whole of a stop string.
+            self.finish_reason = "stop" if self.text.finished else reason
+        self.new_text.append(text)
 
     def ended(self) -> FinishReason:
         """Why it ended.
@@ -62,11 +70,6 @@ class Row:
         if self.finish_reason is None:
             raise LlavaDeployError("an answer was taken before it had ended; this is a bug in llava-deploy")
         return self.finish_reason
-
-    def _finish(self, reason: FinishReason) -> None:
-        self.new_text.append(self.text.flush())
-        # What was held back may have been the whole of a stop string.
-        self.finish_reason = "stop" if self.text.finished else reason
 
 
 class Generation:
@@ -84,6 +87,7 @@ class Generation:
         self._decoder = decoder
         self._sampler = sampler
         self._limits = limits
+        self._running = len(rows)
 
     def steps(
         self,
@@ -103,16 +107,17 @@ class Generation:
         self.first_token_at = time.perf_counter()
         self.prefill_seconds = self.first_token_at - began
         yield
-        rows, last_slot = self.rows, self._decoder.max_len - 1
+        rows, decoder, last_slot = self.rows, self._decoder, self._decoder.max_len - 1
         write, last_index = np.zeros((2, len(rows)), np.int64)
-        while any(row.finish_reason is None for row in rows):
+        slots = write.data  # behind a step of the decoder, a number goes in sooner than through NumPy
+        while self._running:
             began = time.perf_counter()
             for index, row in enumerate(rows):
                 # A row that has finished writes again to its last slot, which nothing will read.
-                write[index] = min(row.length, last_slot)
+                slots[index] = min(row.length, last_slot)
                 if row.finish_reason is None:
                     row.length += 1
-            logits = self._decoder.step(embed(chosen)[:, None], write, last_index)
+            logits = decoder.step(embed(chosen)[:, None], write, last_index)
             on_written(chosen[0])
             chosen = self._choose(logits)
             self.decode_seconds += time.perf_counter() - began
@@ -120,9 +125,11 @@ class Generation:
 
     def _choose(self, logits: np.ndarray) -> list[int]:
         chosen = self._sampler.choose(logits)
-        for row, token in zip(self.rows, chosen, strict=True):
+        for index, row in enumerate(self.rows):
             if row.finish_reason is None:
-                row.accept(token, self._limits, self._decoder.max_len)
+                row.accept(chosen[index], self._limits, self._decoder.max_len)
+                if row.finish_reason is not None:
+                    self._running -= 1
         return chosen
 
 

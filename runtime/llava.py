@@ -247,16 +247,16 @@ class Llava:
         self, generation: Generation, batch: EncodedBatch, reused: int, began: float, call: int
     ) -> Iterator[Piece]:
         row = generation.rows[0]
-        tokens, texts = 0, 0
+        ids: tuple[int, ...] = ()
         for _ in self._steps(generation, batch, reused, call):
-            text = "".join(row.new_text[texts:])
+            ids += (row.new_tokens[-1],)
+            text = row.new_text[-1]
             if not text and row.finish_reason is None:
                 continue  # half a character, or the beginning of a stop string
-            texts = len(row.new_text)
-            ids, tokens = tuple(row.new_tokens[tokens:]), len(row.new_tokens)
             done = row.finish_reason is not None
             timings = _timings(generation, batch, 0, reused, began) if done else None
             yield Piece(ids, text, row.finish_reason, timings)
+            ids = ()
 
 
 def _ignore(token: int) -> None:

@@ -138,6 +138,7 @@ class OnnxRuntimeDecoder:
             self._token_feed = TokenFeed(shape, batch, self.max_len, self._wanted, self._value)
             for binding in self._bindings:
                 binding.bind_ortvalue_output("logits", self._value(self._logits))
+            self._of_tokens = self._at(batch)
         except MemoryError as error:
             wanted = 2 * shape.layers * np.prod(size, dtype=np.int64) * self._cache_dtype.itemsize
             raise BackendError(
@@ -160,13 +161,13 @@ class OnnxRuntimeDecoder:
         pictures: Sequence[Placement] = (),
     ) -> np.ndarray:
         """Run the decoder over new tokens; see :class:`DecoderSession`."""
-        rows, tokens = inputs_embeds.shape[:2]
-        index = -1 if rows * tokens >= INT8_FROM_TOKENS else 0
-        session, binding = self._sessions[index], self._bindings[index]
-        if self._token_feed.takes(inputs_embeds) and not pictures:
-            self._token_feed.bind(binding, inputs_embeds, write_indices)
+        single = self._token_feed
+        if single.takes(inputs_embeds) and not pictures:
+            session, binding = self._of_tokens
+            single.bind(binding, inputs_embeds, write_indices)
         else:
-            self._token_feed.release()
+            session, binding = self._at(inputs_embeds.shape[0] * inputs_embeds.shape[1])
+            single.release()
             feed = step_feed(inputs_embeds, write_indices, last_index, pictures, self._wanted)
             # Held until the run is over: an OrtValue does not own the array's memory, and a binding owns no OrtValue.
             values = [self._value(np.ascontiguousarray(array)) for array in feed.values()]
@@ -179,6 +180,11 @@ class OnnxRuntimeDecoder:
             raise BackendError(f"ONNX Runtime failed in the decoder: {_cause(error)}; {_VERIFY}") from error
         self.run_seconds += time.perf_counter() - began
         return self._logits
+
+    def _at(self, tokens: int) -> tuple[onnxruntime.InferenceSession, onnxruntime.IOBinding]:
+        """What runs steps of so many tokens, all rows together."""
+        index = -1 if tokens >= INT8_FROM_TOKENS else 0
+        return self._sessions[index], self._bindings[index]
 
     def _value(self, array: np.ndarray) -> onnxruntime.OrtValue:
         """An ``OrtValue`` over the array's own memory."""

@@ -51,10 +51,11 @@ class TokenFeed:
         }
         self._fixed = {name: value(array) for name, array in arrays.items() if name in wanted}
         self._bound = False
+        self._size, self._dtype = self._embeds.shape, self._embeds.dtype
 
     def takes(self, inputs_embeds: np.ndarray) -> bool:
         """Whether these are of single tokens; those of another size or dtype than the graph's are its to refuse."""
-        return inputs_embeds.shape == self._embeds.shape and inputs_embeds.dtype == self._embeds.dtype
+        return inputs_embeds.shape == self._size and inputs_embeds.dtype == self._dtype
 
     def release(self) -> None:
         """Other values were bound in the place of these."""

@@ -73,8 +73,14 @@ class Sampler:
     def __init__(self, options: SamplingOptions, seen: Sequence[Sequence[int] | np.ndarray]) -> None:
         self._options = options
         self._prompts = seen
-        self._vocab: int | None = None
-        """Tokens, which the first logits tell."""
+        self._greedy = options.repetition_penalty == 1 and options.temperature == 0
+        self._shape: tuple[int, int] | None = None
+        """Of all logits, which the first ones tell."""
+        self._logits: np.ndarray | None = None
+        """The last ones, which are looked at through the view: a decoder fills the same array at every step."""
+        self._view = memoryview(b"")
+        self._greatest = np.empty(len(seen), np.intp)
+        self._chosen = self._greatest.data
 
     def choose(self, logits: np.ndarray) -> list[int]:
         """The next token of each row.
@@ -89,26 +95,33 @@ class Sampler:
             BackendError: a row's logits hold a NaN, or no finite greatest value.
             ContractError: another number of rows than the sampler was made for, or of tokens than at first.
         """
-        rows = len(self._prompts)
-        if self._vocab is None and logits.ndim == 2:
-            self._prepare(logits.shape[1])
-        if logits.shape != (rows, self._vocab):
-            want = f"[{rows}, {'vocab' if self._vocab is None else self._vocab}]"
-            raise ContractError(f"sampler: want logits {want}, got {list(logits.shape)}")
-        chosen = [int(scores.argmax()) for scores in logits]  # the first NaN, where there is one
+        # Behind a decode step each function of NumPy takes 5 to 20 µs, whatever it computes: argmax alone is one of it.
+        if logits is not self._logits:
+            self._take_up(logits)
+        logits.argmax(1, self._greatest)  # the first NaN, where there is one
+        chosen: list[int] = self._chosen.tolist()
         for row, token in enumerate(chosen):
-            # Plain numbers, not arrays: behind a decode step each of NumPy's functions takes some 20 µs.
-            if not math.isfinite(logits[row, token]):
+            if not -math.inf < self._view[row, token] < math.inf:
                 raise BackendError(
                     f"logits of row {row}: want finite values, found {logits[row, token]} at token {token}; the "
                     "model's values overflowed or a weight is damaged: try the fp32 export, and llava-deploy verify"
                 )
-        if self._options.repetition_penalty != 1 or self._options.temperature != 0:
-            return [self._chosen(logits[row], row) for row in range(rows)]
-        return chosen
+        if self._greedy:
+            return chosen
+        return [self._draw(logits[row], row) for row in range(len(chosen))]
+
+    def _take_up(self, logits: np.ndarray) -> None:
+        """Look at another array than before; errors as :meth:`choose` has them."""
+        rows = len(self._prompts)
+        if self._shape is None and logits.ndim == 2:
+            self._shape = (rows, logits.shape[1])
+            self._prepare(logits.shape[1])
+        if logits.shape != self._shape:
+            want = f"[{rows}, {'vocab' if self._shape is None else self._shape[1]}]"
+            raise ContractError(f"sampler: want logits {want}, got {list(logits.shape)}")
+        self._logits, self._view = logits, logits.data
 
     def _prepare(self, vocab: int) -> None:
-        self._vocab = vocab
         if self._options.repetition_penalty != 1:
             self._seen = [_Seen(ids, vocab) for ids in self._prompts]
             self._penalised = np.empty(vocab, np.float32)
@@ -116,7 +129,7 @@ class Sampler:
             self._drawer = Drawer(self._options, vocab)
             self._generators = [np.random.default_rng(self._options.seed) for _ in self._prompts]
 
-    def _chosen(self, scores: np.ndarray, row: int) -> int:
+    def _draw(self, scores: np.ndarray, row: int) -> int:
         penalty = self._options.repetition_penalty
         if penalty != 1:
             np.copyto(self._penalised, scores)

@@ -36,6 +36,7 @@ class TextStream:
         if isinstance(stop_strings, str) or not all(isinstance(stop, str) and stop for stop in stop_strings):
             raise PromptError(f"stop strings: want a list of texts, none of them empty, got {stop_strings!r}")
         self._texts = texts
+        self._known = texts.known
         self._stops = tuple(stop_strings)
         # The last tokens, and how many characters of their own decoding were passed on. Whatever comes before them
         # does not change how what follows them decodes.
@@ -44,18 +45,14 @@ class TextStream:
         # The text ends in a whole character and all of it was passed on: the anchor may stand for it.
         self._whole = False
         self._held = ""
-        self._finished = False
-
-    @property
-    def finished(self) -> bool:
+        self.finished = False
         """Whether a stop string was found; whatever comes after it is dropped."""
-        return self._finished
 
     def push(self, token_id: int) -> str:
         """The text that is certain now, often none or more than one token's."""
-        if self._whole and (plain := self._texts.plain(token_id)) is not None:
-            return self._pass_on(plain)
-        if self._finished or token_id in self._texts.special:
+        if self._whole and (plain := self._known.get(token_id) or self._texts.plain(token_id)):
+            return self._pass_on(plain) if self._stops else plain
+        if self.finished or token_id in self._texts.special:
             return ""
         if self._texts.tokenizer.id_to_token(token_id) is None:
             return ""  # as decode: ids outside the vocabulary have no text
@@ -75,7 +72,7 @@ class TextStream:
 
     def flush(self) -> str:
         """The end of the text, when no token comes any more; incomplete characters become U+FFFD, as in ``decode``."""
-        if self._finished:
+        if self.finished:
             return ""
         text = "" if self._whole else self._decode(self._window)[self._passed :]
         self._window, self._passed, self._whole = [], 0, False
@@ -109,7 +106,7 @@ class TextStream:
             if start >= 0:
                 ends.append((start + len(stop), start))
         if ends:
-            self._finished, self._whole, self._held = True, False, ""
+            self.finished, self._whole, self._held = True, False, ""
             return text[: min(ends)[1]]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]

@@ -29,10 +29,11 @@ class TokenTexts:
         self.anchor = _anchor(tokenizer) if _is_local(tokenizer) else None
         """A token that stands for any text that ends in a whole character; ``None`` where there is no such token."""
         self.anchor_length = 0 if self.anchor is None else len(self.decode([self.anchor]))
-        self._plain: dict[int, str | None] = {}
+        self.known: dict[int, str | None] = {}
+        """What :meth:`plain` has found so far."""
         if self.anchor is not None:
             for token in range(min(_READ_AHEAD, tokenizer.get_vocab_size())):
-                self._plain[token] = self._look_up(token)
+                self.known[token] = self._look_up(token)
 
     def decode(self, ids: list[int]) -> str:
         """Text of tokens from the start of a text on, without special tokens."""
@@ -41,9 +42,9 @@ class TokenTexts:
     def plain(self, token: int) -> str | None:
         """What the token adds to any text that ends in a whole character; ``None`` where that is not certain."""
         try:
-            return self._plain[token]
+            return self.known[token]
         except KeyError:
-            self._plain[token] = text = self._look_up(token)
+            self.known[token] = text = self._look_up(token)
             return text
 
     def _look_up(self, token: int) -> str | None:
