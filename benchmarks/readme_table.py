@@ -22,6 +22,15 @@ BEGIN = "<!-- measured: written by benchmarks/readme_table.py -->"
 END = "<!-- /measured -->"
 PEERS = "peers.json"
 DECODE = {"decode_bandwidth_1.1b.json": "TinyLlama-1.1B", "decode_bandwidth_7b.json": "Llama-2-7B"}
+ON_GPU = "gpu/gpu_check_*.json"
+RAN = {
+    "onnxruntime-cuda": "**llava-deploy** {weights}, ONNX Runtime on CUDA",
+    "onnxruntime-cuda-canonical": "the same in {weights} without `build`'s lowering",
+    "tensorrt": "**llava-deploy** {weights}, TensorRT",
+    "tensorrt-rtx": "**llava-deploy** {weights}, TensorRT for RTX",
+    "transformers eager": "transformers {weights}",
+    "transformers compiled": "transformers {weights}, `torch.compile`, static cache",
+}
 MODES = {"vlm": "", "text": ", decoder alone"}
 
 OURS = "llava-deploy"
@@ -35,6 +44,7 @@ def tables(results: Path) -> str:
     decode = {shape: _read(results / name) for name, shape in DECODE.items() if (results / name).is_file()}
     if decode:
         parts.append(decode_table(decode))
+    parts += [gpu_table(_read(path)) for path in sorted(results.glob(ON_GPU))]
     return "\n\n".join(parts)
 
 
@@ -87,6 +97,45 @@ def decode_table(found: Mapping[str, Mapping[str, Any]]) -> str:
             cells = [f"{one['tokens_per_s']:.1f} tok/s | {one['share_of_ideal']:.0%}" for one in pairs]
             lines.append(f"| {shape} | {int(context):,} tokens | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def gpu_table(found: Mapping[str, Any]) -> str:
+    """One row a backend and precision that ran; of one row of tokens, and of eight."""
+    environment = found["environment"]
+    versions = {**environment["packages"], **environment["modules"]}
+    speed = {part["name"]: part["result"] for part in found["parts"] if _ran(part)}
+    tokens = {result["prompt_tokens"] for result in speed.values()}
+    task = (
+        f"{_day(found)}, {environment['gpu']['name']}, {environment['copy_gb_per_s']:,.0f} GB/s copied; a LLaVA of "
+        f"7B's shape with drawn weights, {'/'.join(map(str, sorted(tokens)))} prompt tokens with one picture, 128 new; "
+        f"ONNX Runtime {versions['onnxruntime']}, PyTorch {versions['torch']}, transformers {versions['transformers']}; "
+        "one run, every figure a median of several:"
+    )
+    lines = [
+        task,
+        "",
+        "| | picture | first token | decode | of the copy's bandwidth | eight rows | GPU memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, result in speed.items():
+        _, weights, backend, _ = name.split("/")
+        eight = result.get("decode_at_batch", {}).get("8")
+        cells = (
+            RAN[backend].format(weights=weights),
+            f"{result['vision_ms']:.1f} ms",
+            f"{result['ttft_ms']:.0f} ms",
+            f"{result['decode_tokens_per_s']:.0f} tok/s",
+            f"{result['share_of_copy_bandwidth']:.0%}",
+            "" if eight is None else f"{eight['tokens_per_s']:,.0f} tok/s",
+            f"{result['device_peak_bytes'] / 1e9:.1f} GB",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ran(part: Mapping[str, Any]) -> bool:
+    shape, _, what = part["name"].partition("/")
+    return part["status"] == "passed" and shape == "7b" and what.endswith("/speed")
 
 
 def updated(readme: str, block: str) -> str:

@@ -27,12 +27,21 @@ DTYPES: Mapping[str, str] = {"float32": "FLOAT", "float16": "HALF", "int64": "IN
 def rtx_runs_on(capability: str) -> bool:
     """Whether TensorRT for RTX runs an engine that was built for it on a GPU of this compute capability, as ``sm89``.
 
-    Source: what 1.7.1.116 can be told to build for, and what its runtime said when it refused an engine on sm90, which
-    it builds without complaint: "Supported compute capabilities: 8.0 8.6 8.9 12.0 12.1 >12.0", the targets of an engine
-    for which none were named (documentation of TensorRT-RTX, "CPU-Only AOT": 7.5 has to be named).
+    Source: :data:`RTX_CAPABILITIES`, and what the runtime of 1.7.1.116 said when it refused an engine on sm90, which it
+    builds there without complaint: see :func:`rtx_builds_for`.
     """
-    newest = max(int(name.removeprefix("sm")) for name in RTX_CAPABILITIES)
-    return capability in RTX_CAPABILITIES or int(capability.removeprefix("sm")) > newest
+    return capability in RTX_CAPABILITIES or rtx_builds_for(capability)
+
+
+def rtx_builds_for(capability: str) -> bool:
+    """Whether an engine of TensorRT for RTX runs on such a GPU where no target was named when it was built.
+
+    Source: "Supported compute capabilities: 8.0 8.6 8.9 12.0 12.1 >12.0", its runtime on an H100; 7.5 has to be named
+    (documentation of TensorRT-RTX, "CPU-Only AOT and TensorRT-RTX Engines").
+    """
+    least, *_, newest = (int(name.removeprefix("sm")) for name in RTX_CAPABILITIES)
+    number = int(capability.removeprefix("sm"))
+    return number > newest or (number > least and capability in RTX_CAPABILITIES)
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,9 @@ def _rtx_refusal(capability: str) -> str | None:
         return None
     names = [name.lower() for name in module.api.ComputeCapability.__members__ if name.startswith("SM")]
     targets = sorted(names, key=lambda name: int(name[2:]))
-    name = f"TensorRT for RTX {module.version}"
-    if capability not in targets:
-        return f"{name} builds for {', '.join(targets)}, and this GPU is {capability}"
-    return None if rtx_runs_on(capability) else f"{name} builds for {capability}, and its runtime refuses such a GPU"
+    if capability in targets or rtx_runs_on(capability):
+        return None
+    return f"TensorRT for RTX {module.version} builds for {', '.join(targets)}, and this GPU is {capability}"
 
 
 def _torch_cuda() -> str | None:

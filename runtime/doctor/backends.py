@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import get_args
 
 from llava_deploy.engines.names import Backend
-from llava_deploy.engines.tensorrt_module import SPOKEN, TensorRtBackend, rtx_runs_on
+from llava_deploy.engines.tensorrt_module import SPOKEN, TensorRtBackend, rtx_builds_for, rtx_runs_on
 from llava_deploy.runtime.backend_choice import GpuBackend
 from llava_deploy.runtime.doctor.cuda_provider import install_cuda, judge_cuda
 from llava_deploy.runtime.doctor.gpu import Gpu, Graphics
@@ -47,14 +47,14 @@ def _judge(backend: Backend, host: Host, graphics: Graphics, packages: Packages)
 
 
 def recommended(host: Host, gpu: Gpu) -> GpuBackend:
-    """What is named for a GPU, installed or not: TensorRT for RTX where there is a wheel and its runtime takes the GPU.
+    """What is named for a GPU, installed or not: TensorRT for RTX where there is a wheel and an engine runs untold.
 
     JetPack brings the full TensorRT to a Jetson. All others get ONNX Runtime, whose engine needs no GPU to be built and
     is for any.
     """
     if host.is_jetson:
         return "tensorrt"
-    if host.architecture == "x86_64" and gpu.capability is not None and rtx_runs_on(gpu.capability):
+    if host.architecture == "x86_64" and gpu.capability is not None and rtx_builds_for(gpu.capability):
         return "tensorrt-rtx"
     return "onnxruntime-cuda"
 

@@ -71,6 +71,39 @@ def test_another_result_is_found(script: ModuleType, monkeypatch: pytest.MonkeyP
         run(script, monkeypatch, "--check")
 
 
+def test_of_a_gpu_what_ran_has_a_row(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {"prompt_tokens": 660, "vision_ms": 5.52, "ttft_ms": 32.1, "decode_tokens_per_s": 307.6,
+                "share_of_copy_bandwidth": 0.413, "device_peak_bytes": 5_943_328_768}  # fmt: skip
+    rows = {"1": {"tokens_per_s": 312.9}, "8": {"tokens_per_s": 1039.4}}
+    parts = [
+        ("7b/int4/onnxruntime-cuda/speed", "passed", {**measured, "decode_at_batch": rows}),
+        ("7b/fp16/transformers eager/speed", "passed", measured),
+        ("7b/fp16/tensorrt-rtx/speed", "not run", {}),
+        ("demo/fp16/onnxruntime-cuda/verify", "passed", {}),
+    ]
+    found = {
+        "date": "2030-01-02T03:04:05+00:00",
+        "environment": {
+            "gpu": {"name": "a GPU"},
+            "copy_gb_per_s": 2985.8,
+            "packages": {"torch": "2.11.0", "transformers": "5.17.0", "onnxruntime": "1.30.0"},
+            "modules": {"onnxruntime": "1.31.1"},
+        },
+        "parts": [{"name": name, "status": status, "result": result} for name, status, result in parts],
+    }
+    (script.RESULTS / "gpu").mkdir()
+    (script.RESULTS / "gpu" / "gpu_check_some.json").write_text(json.dumps(found), encoding="utf-8")
+    run(script, monkeypatch)
+    lines = script.README.read_text(encoding="utf-8").splitlines()
+    (task,) = (line for line in lines if line.startswith("2030-01-02, a GPU, 2,986 GB/s copied"))
+    assert "660 prompt tokens" in task
+    assert "ONNX Runtime 1.31.1, PyTorch 2.11.0" in task
+    cells = "5.5 ms | 32 ms | 308 tok/s | 41% |"
+    assert f"| **llava-deploy** int4, ONNX Runtime on CUDA | {cells} 1,039 tok/s | 5.9 GB |" in lines
+    assert f"| transformers fp16 | {cells}  | 5.9 GB |" in lines
+    assert not [line for line in lines if "TensorRT" in line]
+
+
 @pytest.mark.parametrize("readme", ["no marks", "{end} {begin}", "{begin} {end} {begin} {end}"])
 def test_a_readme_without_the_marks_is_refused(benchmark: Benchmark, readme: str) -> None:
     script = benchmark("readme_table")

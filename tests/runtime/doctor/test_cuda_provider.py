@@ -99,13 +99,12 @@ def test_without_a_gpu_nobody_misses_cudas_libraries(machine: FakeMachine, diagn
 
 
 def test_a_gtx_1660_is_sent_to_onnx_runtime(machine: FakeMachine, finding: FindingOf, verdict: VerdictOn) -> None:
-    """TensorRT for RTX builds for 7.5, and does not run there."""
+    """TensorRT for RTX runs there only where it was told to build for 7.5."""
     machine.add_card("580.65.06", 13000)
     machine.become("NVIDIA GeForce GTX 1660", "sm75")
     assert finding("but no ONNX Runtime on CUDA").advice == f"pip uninstall onnxruntime, then {INSTALL}"
     machine.add_tensorrt_rtx()
-    assert verdict("tensorrt-rtx").how == "TensorRT for RTX 1.7 does not run on sm75 (NVIDIA GeForce GTX 1660)"
-    assert finding("but no ONNX Runtime on CUDA").level == "hint"
+    assert verdict("tensorrt-rtx").how == "TensorRT for RTX 1.7.1.116 on NVIDIA GeForce GTX 1660 (sm75)"
     machine.add_onnxruntime_gpu()
     assert verdict("onnxruntime-cuda").runs
 

@@ -113,12 +113,10 @@ def test_a_gpu_that_a_backend_does_not_know(
 
 @pytest.mark.parametrize(
     ("capability", "runs"),
-    [("sm75", False), ("sm87", False), ("sm90", False), ("sm100", False)]
-    + [(capability, True) for capability in ("sm80", "sm86", "sm89", "sm120", "sm121")],
+    [("sm70", False), ("sm87", False), ("sm90", False), ("sm100", False)]
+    + [(capability, True) for capability in ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")],
 )
-def test_where_tensorrt_for_rtx_runs_is_less_than_it_builds_for(
-    machine: FakeMachine, verdict: VerdictOn, capability: str, runs: bool
-) -> None:
+def test_where_tensorrt_for_rtx_runs(machine: FakeMachine, verdict: VerdictOn, capability: str, runs: bool) -> None:
     machine.add_card()
     machine.add_tensorrt_rtx()
     machine.become("NVIDIA GPU", capability)
