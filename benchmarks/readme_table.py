@@ -108,8 +108,8 @@ def gpu_table(found: Mapping[str, Any]) -> str:
     task = (
         f"{_day(found)}, {environment['gpu']['name']}, {environment['copy_gb_per_s']:,.0f} GB/s copied; a LLaVA of "
         f"7B's shape with drawn weights, {'/'.join(map(str, sorted(tokens)))} prompt tokens with one picture, 128 new; "
-        f"ONNX Runtime {versions['onnxruntime']}, PyTorch {versions['torch']}, transformers {versions['transformers']}; "
-        "one run, every figure a median of several:"
+        f"ONNX Runtime {versions['onnxruntime']}, PyTorch {versions['torch']}, transformers "
+        f"{versions['transformers']}; one run, every figure a median of several:"
     )
     lines = [
         task,
