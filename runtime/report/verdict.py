@@ -55,9 +55,9 @@ def check_accuracy(card: Card, accuracy: Accuracy | None, first: str | None, all
         if card.quantization is None:
             return Check("accuracy", "passed", f"{total}; what others are held against, as nothing is quantised in it")
         return Check("accuracy", "not shown", f"{total}; name the unquantised bundle first to see what was lost")
-    loss, most = loss_bounds(accuracy)
+    loss, least, most = loss_bounds(accuracy)
     against = f"{total}, {signed_points(-loss)} against {first}"
-    if loss > allowed:
+    if loss > allowed and least > 0:
         return Check("accuracy", "failed", f"{against}: more than the {points(allowed)} that it may lose")
     if most > allowed:
         few = f"{accuracy.total.asked:,} questions do not show that it loses no more than {points(allowed)}"
@@ -66,15 +66,15 @@ def check_accuracy(card: Card, accuracy: Accuracy | None, first: str | None, all
     return Check("accuracy", "passed", f"{against}; {bound}")
 
 
-def loss_bounds(accuracy: Accuracy) -> tuple[float, float]:
-    """The share of answers that was lost, and the most that it may be in truth, at 95 %."""
+def loss_bounds(accuracy: Accuracy) -> tuple[float, float, float]:
+    """The share of answers that was lost, and the least and the most that it may be in truth, at 95 % each."""
     asked, lost, gained = accuracy.total.asked, accuracy.lost, accuracy.gained
     if not asked:
-        return 0.0, 1.0
+        return 0.0, -1.0, 1.0
     count, more, less = asked + 2, lost + 0.5, gained + 0.5
     mean = (more - less) / count
-    spread = math.sqrt(more + less - (more - less) ** 2 / count) / count
-    return (lost - gained) / asked, mean + _ONE_SIDED_95 * spread
+    spread = _ONE_SIDED_95 * math.sqrt(more + less - (more - less) ** 2 / count) / count
+    return (lost - gained) / asked, mean - spread, mean + spread
 
 
 def check_memory(walk: Walk | None) -> Check:

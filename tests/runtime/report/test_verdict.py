@@ -38,10 +38,11 @@ def answered(asked: int, lost: int, gained: int) -> Accuracy:
 
 def test_bounds_of_the_loss() -> None:
     """Agresti and Min: half an answer more in each of the four cells."""
-    loss, most = loss_bounds(answered(500, 5, 2))
+    loss, least, most = loss_bounds(answered(500, 5, 2))
     assert loss == pytest.approx(3 / 500)
-    assert most == pytest.approx(3 / 502 + 1.645 * sqrt(5.5 + 2.5 - 9 / 502) / 502)
-    assert loss_bounds(answered(0, 0, 0)) == (0.0, 1.0)
+    spread = 1.645 * sqrt(5.5 + 2.5 - 9 / 502) / 502
+    assert (least, most) == (pytest.approx(3 / 502 - spread), pytest.approx(3 / 502 + spread))
+    assert loss_bounds(answered(0, 0, 0)) == (0.0, -1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,8 @@ def test_bounds_of_the_loss() -> None:
         (1000, 2, 5, "passed", "+0.3 points against fp32"),
         (25, 0, 0, "not shown", "25 questions do not show that it loses no more than 1.0 points"),
         (500, 4, 0, "not shown", "−0.8 points against fp32, but 500 questions do not show"),
+        (25, 1, 0, "not shown", "−4.0 points against fp32, but 25 questions do not show"),
+        (500, 40, 32, "not shown", "−1.6 points against fp32, but 500 questions do not show"),
         (500, 6, 0, "failed", "−1.2 points against fp32: more than the 1.0 points that it may lose"),
     ],
 )
