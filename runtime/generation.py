@@ -99,7 +99,7 @@ class Generation:
 
         Args:
             prompts: what the cache does not hold of them yet.
-            embed: a token id a row to embeddings ``[batch, hidden]``.
+            embed: a token id a row to embeddings ``[batch, 1, hidden]``, of use until the next call.
             on_written: called with the first row's token after each decode step that wrote it into the cache.
         """
         began = time.perf_counter()
@@ -117,7 +117,7 @@ class Generation:
                 slots[index] = min(row.length, last_slot)
                 if row.finish_reason is None:
                     row.length += 1
-            logits = decoder.step(embed(chosen)[:, None], write, last_index)
+            logits = decoder.step(embed(chosen), write, last_index)
             on_written(chosen[0])
             chosen = self._choose(logits)
             self.decode_seconds += time.perf_counter() - began
@@ -168,7 +168,7 @@ def logits_along(
         decoder: as for :func:`prefill`, also ``prompts``.
         prompts: see there.
         answers: token ids for each row.
-        embed: a token id a row to embeddings ``[batch, hidden]``.
+        embed: a token id a row to embeddings ``[batch, 1, hidden]``, of use until the next call.
 
     Yields:
         float32 ``[batch, vocab]``, valid until the next: after the prompts, then after one more token of each answer,
@@ -184,9 +184,10 @@ def logits_along(
         if not 1 <= len(answer) <= most:
             raise PromptError(f"answer {index}: want 1 to {most} tokens, which fit the context, got {len(answer)}")
     yield prefill(decoder, prompts)
-    last_index = np.zeros(len(answers), np.int64)
+    write, last_index = np.zeros((2, len(answers)), np.int64)
     for count in range(1, max(map(len, answers))):
         # A row whose answer has no more writes its last token again, to the same slot.
         last = np.array([min(count, len(answer)) - 1 for answer in answers])
         tokens = [answer[at] for answer, at in zip(answers, last.tolist(), strict=True)]
-        yield decoder.step(embed(tokens)[:, None], lengths + last, last_index)
+        np.add(lengths, last, out=write)
+        yield decoder.step(embed(tokens), write, last_index)

@@ -181,7 +181,8 @@ class Llava:
         batch = self.encoder.encode(prompts, images, self.decoder.max_len)
         reused = self._claim_cache(batch)
         call, rest = self._call, batch.tokens.after(reused)
-        along = self._or_cleared(logits_along(self.decoder, rest, answers, self.encoder.embed))
+        embed = self.encoder.token_embeddings(len(rest.lengths)).of
+        along = self._or_cleared(logits_along(self.decoder, rest, answers, embed))
         for count, logits in enumerate(along):
             if len(rest.lengths) == 1:
                 self._context.extend((answers[0][count - 1],) if count else batch.slots[reused:])
@@ -217,7 +218,8 @@ class Llava:
         self._require_latest(call)
         single = len(generation.rows) == 1
         written = self._context.append if single else _ignore
-        steps = self._or_cleared(generation.steps(batch.tokens.after(reused), self.encoder.embed, written))
+        embed = self.encoder.token_embeddings(len(generation.rows)).of
+        steps = self._or_cleared(generation.steps(batch.tokens.after(reused), embed, written))
         next(steps)
         if single:
             self._context.extend(batch.slots[reused:])

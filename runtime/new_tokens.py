@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from llava_deploy.engines.errors import PromptError
 from llava_deploy.runtime.backend import DeviceFeatures, ImageFeatures, Placement
 from llava_deploy.runtime.splice import SpliceOptions, splice
 
@@ -49,6 +50,49 @@ class NewTokens:
     def on_host(self) -> np.ndarray:
         """``inputs_embeds`` with the features in it; waits for the device where there are any."""
         return with_features(self.inputs_embeds, self.pictures)
+
+
+class TokenEmbeddings:
+    """Embeddings of one token a row, in an array that is filled anew at every step: a backend may bind it once.
+
+    Args:
+        table: ``[vocab, hidden]``.
+        batch: rows.
+    """
+
+    def __init__(self, table: np.ndarray, batch: int) -> None:
+        self._table = table
+        self._ids = np.zeros(batch, np.intp)
+        self._set_id = self._ids.data
+        self._rows = np.zeros((batch, table.shape[1]), table.dtype)
+        self._embeds = self._rows[:, None]
+
+    def of(self, tokens: Sequence[int]) -> np.ndarray:
+        """Ids, one a row, to ``[batch, 1, hidden]``; valid until the next call.
+
+        Raises:
+            PromptError: an id outside the vocabulary.
+        """
+        require_in_vocabulary(tokens, len(self._table))
+        for row, token in enumerate(tokens):
+            self._set_id[row] = token
+        # The ids are in bounds; checked again ("raise"), they would be gathered in a copy.
+        self._table.take(self._ids, 0, self._rows, "clip")
+        return self._embeds
+
+
+def require_in_vocabulary(tokens: Sequence[int], vocab: int) -> None:
+    """Refuse ids without an embedding.
+
+    Raises:
+        PromptError: an id outside the vocabulary.
+    """
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocab:
+        wrong = next(token for token in tokens if not 0 <= token < vocab)
+        raise PromptError(
+            f"token id {wrong} is outside the vocabulary of {vocab}; the tokenizer and the model differ: "
+            "export the bundle from a checkpoint whose tokenizer is its own"
+        )
 
 
 def with_features(inputs_embeds: np.ndarray, pictures: Sequence[Placement]) -> np.ndarray:

@@ -162,7 +162,7 @@ class OnnxRuntimeDecoder:
     ) -> np.ndarray:
         """Run the decoder over new tokens; see :class:`DecoderSession`."""
         single = self._token_feed
-        if single.takes(inputs_embeds) and not pictures:
+        if single.takes(inputs_embeds, write_indices) and not pictures:
             session, binding = self._of_tokens
             single.bind(binding, inputs_embeds, write_indices)
         else:

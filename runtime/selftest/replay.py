@@ -119,7 +119,7 @@ def _logits_of(encoder: PromptEncoder, decoder: DecoderSession, one: Recorded, e
     decoder.clear()  # a fault before this must not be one of it
     decoder.begin(1)
     prompt = NewTokens(np.array(embeds)[None], (), 0, np.array([len(embeds)]))
-    along = logits_along(decoder, prompt, [one.golden.token_ids], encoder.embed)
+    along = logits_along(decoder, prompt, [one.golden.token_ids], encoder.token_embeddings(1).of)
     return np.concatenate([row.copy() for row in along])
 
 

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_deploy.engines.contract import IMAGE_TOKEN_INDEX
+from llava_deploy.engines.errors import PromptError
 from llava_deploy.runtime.backend import Placement
 from llava_deploy.runtime.generation import prefill
-from llava_deploy.runtime.new_tokens import NewTokens, splice_rows, with_features
+from llava_deploy.runtime.new_tokens import NewTokens, TokenEmbeddings, splice_rows, with_features
 
 PATCHES, HIDDEN, VOCAB = 3, 4, 11
 TABLE = np.random.default_rng(0).standard_normal((VOCAB, HIDDEN)).astype(np.float16)
@@ -130,3 +131,14 @@ def test_embeddings_without_pictures_are_not_copied(count: int) -> None:
     pictures = (Placement(0, 1, OnDevice(np.ones((PATCHES, HIDDEN), np.float16)), 1, count),) if count else ()
     assert (with_features(embeds, pictures) is embeds) == (count == 0)
     assert not embeds.any()
+
+
+def test_chosen_tokens_are_looked_up_in_one_array() -> None:
+    embeddings = TokenEmbeddings(TABLE, 3)
+    first = embeddings.of([4, 0, VOCAB - 1])
+    np.testing.assert_array_equal(first, TABLE[[4, 0, VOCAB - 1]][:, None])
+    assert embeddings.of([7, 7, 1]) is first
+    np.testing.assert_array_equal(first, TABLE[[7, 7, 1]][:, None])
+    for wrong in (-1, VOCAB):
+        with pytest.raises(PromptError, match=f"token id {wrong} is outside the vocabulary of {VOCAB}"):
+            embeddings.of([1, wrong, 2])
