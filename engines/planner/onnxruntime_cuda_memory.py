@@ -2,12 +2,12 @@
 
 A build takes neither GPU nor ONNX Runtime; its constants are fitted to measured peaks
 (``benchmarks/results/planner_peaks.json``). Of a run, the weights, the cache and the values between layers follow from
-the graphs' shapes; what the provider takes beside is :data:`PROVIDER`.
+the graphs' shapes; what the provider takes beside is :data:`PROVIDER`. That and what the host has are fitted to runs of
+7B's shape on an H100 with ONNX Runtime 1.31.1 (``benchmarks/results/gpu/``: ``gpu_check_h100.json``, int4 and fp16, and
+``bench_h100_7b_int4.json``); docs/planning.md says how near they are.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from llava_deploy.engines.names import FEATURES_KEPT
 from llava_deploy.engines.planner.memory import Memory, Part
@@ -18,13 +18,12 @@ _MB = 10**6
 _LOGIT = 4  # bytes of a float32
 _HALF = 2  # bytes of a float16, in which everything else is
 
-PROVIDER = 260 * _MB
+PROVIDER = 290 * _MB
 """What CUDA's provider takes of the device beside what is counted here: the kernels that are loaded, cuBLAS's and
-cuDNN's workspaces, recorded CUDA graphs.
+cuDNN's workspaces, recorded CUDA graphs, and what each tensor has up to the next 2 MiB, which CUDA gives it.
 
-An estimate: fitted to one run, of 1.4 thousand million parameters in int4, with ONNX Runtime 1.31.1 on an H100
-(``benchmarks/results/gpu/bench_h100_1.1b_int4.json``). ``benchmarks/gpu_check/planned_memory.py`` fits it to what the
-GPU check measured.
+Of three runs 186 to 286 MB were left for it, so none took more than is planned.
+``benchmarks/gpu_check/planned_memory.py`` says what is left of others.
 """
 
 CONTEXT = 500 * _MB
@@ -34,20 +33,20 @@ _ARENA = 2.0
 """How much an arena has of what is in use at once: it gives nothing back, and prompts of other lengths want blocks of
 other sizes. Assumed; what it is wrong by is in :data:`PROVIDER`."""
 
-_HOST = 380 * _MB
-"""For Python, the libraries' own and CUDA's bookkeeping; of the same run."""
+_HOST_LOADING, _HOST_RUNNING = 420 * _MB, 900 * _MB
+"""Anonymous memory of Python, the libraries and CUDA's bookkeeping, while the sessions are opened and later."""
 
-_HOST_LIBRARIES = Part("process", "mapped", 230 * _MB)
-"""CUDA's libraries; of the same run."""
+_COPIES_LOADING, _COPIES_KEPT = 1.07, 0.5
+"""How often quantised matrices are in anonymous memory then: all of them at first, as they are turned to the layout of
+their products before they go to the GPU; half of that stays, why is not known. Floats go from their file."""
+
+_HOST_LIBRARIES = 370 * _MB
+"""Of CUDA's libraries that are mapped in the end. A weight is mapped while it goes to the GPU, before most of them."""
 
 _BUILD = Part("process", "host", 72 * _MB)
 _BUILD_LIBRARIES = Part("process", "mapped", 25 * _MB)
 _FUSED_COPIES = 2
 """How often a weight that is put together is in memory: from the bundle's, and as the bytes that are written."""
-
-_LOADED_COPIES = 1.15
-"""How often a session has quantised matrices in the host's memory while it is opened: once, turned to the layout of
-its products, and what lies between blocks of other sizes. By ONNX Runtime 1.32 on the CPU."""
 
 _IMAGES = 4
 """Pictures that the runtime encodes at once."""
@@ -84,9 +83,10 @@ def cuda_engine_bytes(model: PlannedModel) -> int:
 
 
 def cuda_run_memory(model: PlannedModel, sizes: Sizes) -> Memory:
-    """Peak of a run that fills its cache. The host's is that of loading: quantised weights stay there, others go.
+    """Peak of a run that fills its cache, which has all rows from the beginning.
 
-    So where host and GPU share their memory the sum is too large, by the lesser of the cache and the weights that go.
+    The host's is that of loading or of what comes after. So where host and GPU share their memory and loading takes
+    more, the sum is too large, by at most what the GPU has beside the weights.
     """
     products = _products(model.decoder_weights)
     device = (
@@ -96,16 +96,13 @@ def cuda_run_memory(model: PlannedModel, sizes: Sizes) -> Memory:
         Part("workspace", "device", _HALF * max((sum(t.values for t in product) for product in products), default=0)),
         Part("process", "device", CONTEXT + PROVIDER),
     )
-    loads = _load(model.vision_weights, 0), _load(model.decoder_weights, _tied(model))
-    host = (
-        Part("weights", "host", max(load.anonymous for load in loads)),
-        Part("activations", "host", _piece(model, sizes) + _LOGIT * sizes.max_batch * model.decoder.vocab_size),
-        Part("image features", "host", FEATURES_KEPT * model.features_bytes),
-        Part("process", "host", _HOST),
-        Part("weights", "mapped", max(load.largest for load in loads)),
-        _HOST_LIBRARIES,
+    largest = max(model.vision_weights.largest, model.decoder_weights.largest, _tied(model))
+    mapped = (
+        Part("weights", "mapped", max(0, largest - _HOST_LIBRARIES)),
+        Part("process", "mapped", _HOST_LIBRARIES),
     )
-    return Memory((*device, *host))
+    phases = _loading(model), _running(model, sizes)
+    return Memory((*device, *max(phases, key=lambda parts: sum(part.nbytes for part in parts)), *mapped))
 
 
 def cuda_decode_bytes(model: PlannedModel, batch: int, slots: int) -> int:
@@ -114,23 +111,22 @@ def cuda_decode_bytes(model: PlannedModel, batch: int, slots: int) -> int:
     return model.decoder_bytes - tables + batch * slots * model.cache_bytes_per_slot
 
 
-@dataclass(frozen=True)
-class _Load:
-    """What opening a session takes of the host: each matrix turned, and the one that is being turned once more.
-
-    Attributes:
-        anonymous: bytes of it.
-        largest: of the tensors, mapped one by one.
-    """
-
-    anonymous: int
-    largest: int
+def _loading(model: PlannedModel) -> tuple[Part, ...]:
+    """Anonymous memory of the host while the sessions are opened."""
+    return (
+        Part("weights", "host", int(_COPIES_LOADING * model.decoder_weights.quantized_bytes)),
+        Part("process", "host", _HOST_LOADING),
+    )
 
 
-def _load(weights: GraphWeights, tied: int) -> _Load:
-    dense = [tied, *(tensor.nbytes for tensor in weights.dense)]
-    anonymous = int(_LOADED_COPIES * weights.quantized_bytes) + sum(dense) + max(dense)
-    return _Load(anonymous, max(tied, weights.largest))
+def _running(model: PlannedModel, sizes: Sizes) -> tuple[Part, ...]:
+    """The same while prompts are answered."""
+    return (
+        Part("weights", "host", int(_COPIES_KEPT * model.decoder_weights.quantized_bytes)),
+        Part("activations", "host", _piece(model, sizes) + _LOGIT * sizes.max_batch * model.decoder.vocab_size),
+        Part("image features", "host", FEATURES_KEPT * model.features_bytes),
+        Part("process", "host", _HOST_RUNNING),
+    )
 
 
 def _tied(model: PlannedModel) -> int:
@@ -160,14 +156,12 @@ def _piece(model: PlannedModel, sizes: Sizes) -> int:
 
 
 def _cache(model: PlannedModel, sizes: Sizes) -> int:
-    """With the logits of the rows, and of the one that is being read, which are in the same arena.
+    """Its bytes, as sessions allocate what is asked for, and the logits: of all rows, and of the one being read.
 
-    That of ONNX Runtime's Python module doubles what it has when it needs more: seen on an H100 with 1.31.1, 128 MiB
-    for one row of 88 MiB, and 256, 512 and 1,024 for 2, 4 and 8.
+    Smaller caches of a process that asked for fewer rows before are not counted, and stay.
     """
     logits = _LOGIT * (sizes.max_batch + 1) * model.decoder.vocab_size
-    needed = sizes.max_batch * sizes.max_len * model.cache_bytes_per_slot + logits
-    return 1 << (needed - 1).bit_length()
+    return sizes.max_batch * sizes.max_len * model.cache_bytes_per_slot + logits
 
 
 def _tower(model: PlannedModel, sizes: Sizes) -> int:

@@ -9,23 +9,27 @@ from pathlib import Path
 import pytest
 
 from llava_deploy.engines.manifest import read_manifest
-from llava_deploy.engines.names import Precision
+from llava_deploy.engines.names import FEATURES_KEPT, Precision
 from llava_deploy.engines.onnxruntime_cuda_builder import build_onnxruntime_cuda
 from llava_deploy.engines.planner import onnxruntime_cuda_memory as planner
+from llava_deploy.engines.planner.boards import find_board
 from llava_deploy.engines.planner.memory import Memory, PartName, Place
-from llava_deploy.engines.planner.model import PlannedModel, Sizes, planned_bundle
+from llava_deploy.engines.planner.model import GraphWeights, PlannedModel, Sizes, planned_bundle
+from llava_deploy.engines.planner.onnx_header import TensorSize
 from llava_deploy.engines.planner.onnxruntime_cuda_memory import (
     cuda_build_memory,
     cuda_decode_bytes,
     cuda_engine_bytes,
     cuda_run_memory,
 )
+from llava_deploy.engines.planner.plan import plan, resolve_sizes
 from llava_deploy.exporter.checkpoint import open_checkpoint
 from llava_deploy.exporter.export import export
 from llava_deploy.exporter.quantization.plan import QuantizeOptions, round_to_nearest
 from llava_deploy.runtime.onnxruntime_cuda import OnnxRuntimeCudaVision
 
 SevenB = Callable[..., PlannedModel]
+GB = 10**9
 ATTENTION, MLP, HEAD = 4 * 4096**2, 3 * 4096 * 11008, 4096 * 32064
 LAYERS = 32 * (ATTENTION + MLP)
 GATE_UP = 2 * 4096 * 11008
@@ -46,15 +50,11 @@ def test_weights_on_the_gpu_are_those_of_the_graphs(seven_b: SevenB) -> None:
     assert more - part(cuda_run_memory(seven_b("fp16"), ONE), "weights", "device") == tied.embedding_bytes
 
 
-@pytest.mark.parametrize(("rows", "slots", "expected"), [(1, 2047, 1 << 30), (1, 2048, 1 << 31), (3, 2000, 1 << 32)])
-def test_the_cache_is_float16_with_all_slots_in_an_arena_that_doubles(
-    seven_b: SevenB, rows: int, slots: int, expected: int
-) -> None:
-    """2,048 slots are a power of two by themselves, and the logits are beside them."""
+@pytest.mark.parametrize(("rows", "slots"), [(1, 2047), (1, 2048), (3, 2000)])
+def test_the_cache_is_float16_with_all_slots_and_the_logits(seven_b: SevenB, rows: int, slots: int) -> None:
     for precision in ("fp16", "int4"):
-        needed = rows * slots * 2 * 32 * 4096 * 2 + 4 * (rows + 1) * 32064
-        assert part(cuda_run_memory(seven_b(precision), Sizes.of_run(rows, slots, 1)), "KV cache", "device") == expected
-        assert expected // 2 < needed <= expected
+        memory = cuda_run_memory(seven_b(precision), Sizes.of_run(rows, slots, 1))
+        assert part(memory, "KV cache", "device") == rows * slots * 2 * 32 * 4096 * 2 + 4 * (rows + 1) * 32064
 
 
 def test_rows_are_read_one_by_one_in_pieces(seven_b: SevenB) -> None:
@@ -80,12 +80,34 @@ def test_a_long_prompt_is_multiplied_with_the_largest_product_as_floats(seven_b:
     assert part(cuda_run_memory(seven_b("fp16"), ONE), "workspace", "device") == 0
 
 
-def test_loading_has_every_matrix_in_the_hosts_memory(seven_b: SevenB) -> None:
-    """The decoder's, which are more than the tower's: turned to what kernels want, the largest one twice."""
-    fp16 = part(cuda_run_memory(seven_b("fp16"), ONE), "weights", "host")
-    assert fp16 == pytest.approx(2 * (LAYERS + 2 * HEAD), rel=1e-3)
-    int4 = part(cuda_run_memory(seven_b("int4"), ONE), "weights", "host")
-    assert int4 == pytest.approx(1.15 * (1 / 2 + 2.5 / 128) * LAYERS + 4 * HEAD, rel=1e-3)
+def test_loading_has_quantised_matrices_in_the_hosts_memory(seven_b: SevenB) -> None:
+    """Turned to what kernels want; floats are read as they lie, so the host's peak of fp16 is a run's."""
+    int4, fp16 = (cuda_run_memory(seven_b(precision), ONE) for precision in ("int4", "fp16"))
+    quantized = (1 / 2 + 2.5 / 128) * LAYERS
+    assert quantized < part(int4, "weights", "host") < 1.1 * quantized
+    assert part(int4, "image features", "host") == 0
+    assert part(fp16, "weights", "host") == 0
+    assert part(fp16, "image features", "host") == FEATURES_KEPT * 576 * 4096 * 2
+
+
+def test_a_weight_and_the_libraries_are_not_mapped_at_once(seven_b: SevenB) -> None:
+    model = seven_b("int4")
+    libraries = cuda_run_memory(model, ONE).mapped
+    assert libraries > 2 * HEAD
+    wide = GraphWeights((*model.decoder_weights.tensors, TensorSize("head", (4096, 128256), 16)))
+    assert cuda_run_memory(dataclasses.replace(model, decoder_weights=wide), ONE).mapped == 2 * 4096 * 128256
+
+
+@pytest.mark.parametrize(("precision", "fits", "rows"), [("int4", True, 2), ("fp16", False, 0)])
+def test_a_card_of_8_gb_runs_7b_in_int4(seven_b: SevenB, precision: Precision, fits: bool, rows: int) -> None:
+    """Of one row an H100 had 5.9 GB, over an empty context; each further row has 1.07 GB of cache."""
+    model, board = seven_b(precision), find_board("rtx-4060")
+    stages = plan(model, board, resolve_sizes(model, 1, 2048, 1), None).stages
+    run = next(stage for stage in stages if (stage.stage, stage.backend) == ("run", "onnxruntime-cuda"))
+    assert run.memory is not None
+    assert (run.memory.device < 8 * GB) == fits
+    assert run.fits is fits
+    assert run.largest_batch == rows
 
 
 def test_what_is_beside_the_shapes_is_in_one_constant(seven_b: SevenB, monkeypatch: pytest.MonkeyPatch) -> None:
