@@ -27,7 +27,8 @@ def build_onnxruntime_cuda(bundle: Path, *, replace: bool = False) -> Path:
 
     Raises:
         BundleError: the bundle is damaged.
-        OptionError: a bundle of float32, for which the provider's attention has no kernel.
+        OptionError: a bundle for which the provider's attention has no kernel: of float32, or of heads whose size is no
+            multiple of 16.
         BackendError: onnx-ir is missing.
         LlavaDeployError: the bundle's directory cannot be written to, or its disk is full.
     """
@@ -54,17 +55,19 @@ def build_onnxruntime_cuda(bundle: Path, *, replace: bool = False) -> Path:
 def _lowered(bundle: Path, staging: Path, *, is_quantised: bool) -> list[str]:
     """Both graphs with their weights; names of the files that were written."""
     try:
-        from llava_deploy.engines.lowering.files import lower_file, lower_in_memory
+        from llava_deploy.engines.lowering.files import external_files, lower_file, lower_in_memory
         from llava_deploy.engines.lowering.onnxruntime_cuda import decoder_passes, vision_passes
     except ImportError as error:
         raise lacks_onnx_ir(error) from error
     files = []
     for name, passes in ((VISION_GRAPH, vision_passes()), (DECODER_GRAPH, decoder_passes())):
-        data = f"{name}.data"
         if name == DECODER_GRAPH and is_quantised:  # products were put together: their weights are new
             lower_file(bundle / name, staging, passes)
+            weights = [f"{name}.data"]
         else:
             (staging / name).write_bytes(lower_in_memory(bundle / name, passes))
-            link_or_copy(bundle / data, staging / data)
-        files += [name, data]
+            weights = external_files(bundle / name)
+            for each in weights:
+                link_or_copy(bundle / each, staging / each)
+        files += [name, *weights]
     return files

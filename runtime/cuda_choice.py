@@ -49,9 +49,6 @@ def choose_cuda(bundle: Bundle, integrity: Integrity) -> CudaChoice:
         refusal = cuda_refusal(bundle.manifest)
         reason = f"no engine of it; build one with: {build}" if refusal is None else refusal
         raise BackendError(f"{bundle.directory}: {reason}")
-    engine = read_engine_manifest(directory, remedy=f"build it again with: {build} --force")
-    if engine.key != key:
-        raise BackendError(f"engine {directory.name} was built from others; build it again with: {build}")
     ort = import_onnxruntime()
     if _release(ort.__version__) < _release(CUDA_SINCE) or CUDA_PROVIDER not in ort.get_available_providers():
         raise BackendError(
@@ -59,6 +56,9 @@ def choose_cuda(bundle: Bundle, integrity: Integrity) -> CudaChoice:
             f"{', '.join(ort.get_available_providers())}; put onnxruntime-gpu in the place of onnxruntime: "
             "pip uninstall onnxruntime, then pip install 'llava-deploy[gpu]'"
         )
+    engine = read_engine_manifest(directory, remedy=f"build it again with: {build} --force")
+    if engine.key != key:
+        raise BackendError(f"engine {directory.name} was built from others; build it again with: {build}")
     check_files(directory, engine.files, integrity, remedy=f"build it again with: {build} --force")
     unlisted = sorted({*loaded_files(engine.key)} - {entry.path for entry in engine.files})
     if unlisted:

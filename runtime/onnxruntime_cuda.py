@@ -108,7 +108,10 @@ class OnnxRuntimeCudaDecoder:
             self._allocate(batch)
         if batch not in self._singles:
             self._graphs += 1
-            self._singles[batch] = self._single(batch, self._graphs)
+            try:
+                self._singles[batch] = self._single(batch, self._graphs)
+            except Exception as error:
+                raise BackendError(f"the decoder's inputs for {batch} prompts at once: {_explained(error)}") from error
         self._logits = np.zeros((batch, self._shape.vocab_size), np.float32)
         self._batch = batch
 
@@ -125,9 +128,11 @@ class OnnxRuntimeCudaDecoder:
     ) -> np.ndarray:
         """Run the decoder over new tokens; see :class:`DecoderSession`."""
         embeds = with_features(inputs_embeds, pictures)
-        if embeds.shape != (self._batch, *embeds.shape[1:2], self._shape.hidden_size):
-            want = f"[{self._batch}, tokens, {self._shape.hidden_size}]"
-            raise BackendError(f"the decoder's inputs_embeds: want {want}, found {[*embeds.shape]}")
+        shape = self._shape
+        # Of another dtype, their bytes would be taken for numbers of this one.
+        if embeds.shape != (self._batch, *embeds.shape[1:2], shape.hidden_size) or embeds.dtype != shape.dtype:
+            want = f"{shape.dtype} [{self._batch}, tokens, {shape.hidden_size}]"
+            raise BackendError(f"the decoder's inputs_embeds: want {want}, found {embeds.dtype} {[*embeds.shape]}")
         began = time.perf_counter()
         try:
             if embeds.shape[1] == 1:
@@ -136,7 +141,7 @@ class OnnxRuntimeCudaDecoder:
                 self._step_row(row, embeds[row], int(write_indices[row]), int(last_index[row]))
             return self._logits
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in the decoder: {self._explained(error)}") from error
+            raise BackendError(f"ONNX Runtime failed in the decoder: {_explained(error)}") from error
         finally:
             self.run_seconds += time.perf_counter() - began
 
@@ -212,8 +217,9 @@ class OnnxRuntimeCudaDecoder:
             binding.bind_input(past_name(layer, part), *place)
             binding.bind_output(present_name(layer, part), *place)
 
-    def _explained(self, error: Exception) -> str:
-        found = cause(error)
-        if any(words in found for words in ("Failed to allocate", "out of memory")):
-            return f"{found}; load the bundle with a smaller max_len (--max-len) or give fewer prompts at once"
-        return found
+
+def _explained(error: Exception) -> str:
+    found = cause(error)
+    if any(words in found for words in ("Failed to allocate", "out of memory")):
+        return f"{found}; load the bundle with a smaller max_len (--max-len) or give fewer prompts at once"
+    return found

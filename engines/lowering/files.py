@@ -100,6 +100,18 @@ def lower_in_memory(source: Path, passes: Sequence[ir.passes.InPlacePass], compu
     return ir.to_proto(model).SerializeToString()
 
 
+def external_files(source: Path) -> list[str]:
+    """Names of the files beside the model ``source`` that hold its weights, sorted.
+
+    With tied embeddings, the table of the embeddings is one.
+
+    Raises:
+        BundleError: the file is no model, or a weight's file is not beside it.
+    """
+    values = open_model(source).graph.initializers.values()
+    return sorted({_name_beside(v.const_value) for v in values if isinstance(v.const_value, ir.ExternalTensor)})
+
+
 def _lowered(source: Path, passes: Sequence[ir.passes.InPlacePass]) -> ir.Model:
     model = open_model(source)
     try:
@@ -112,12 +124,16 @@ def _lowered(source: Path, passes: Sequence[ir.passes.InPlacePass]) -> ir.Model:
 
 def _link(tensor: ir.ExternalTensor, directory: Path) -> None:
     """Have the name that ``tensor`` gives to its file lead to it from ``directory`` too."""
+    link = directory / _name_beside(tensor)
+    if not link.is_symlink():
+        link.symlink_to(Path(tensor.path).resolve())
+
+
+def _name_beside(tensor: ir.ExternalTensor) -> str:
     name = Path(tensor.location).name
     if name != str(tensor.location):
         raise BundleError(f"weight {tensor.name!r}: its file {name!r} is not beside the graph; export the bundle again")
-    link = directory / name
-    if not link.is_symlink():
-        link.symlink_to(Path(tensor.path).resolve())
+    return name
 
 
 def _write_external_data(values: Iterable[ir.Value], path: Path, location: Path | None = None) -> None:

@@ -26,10 +26,9 @@ from enum import Enum, auto
 import onnx_ir as ir
 
 from llava_deploy.engines.lowering.nodes import NodeList
-from llava_deploy.engines.onnxruntime_cuda import LAST_SLOTS, TOTAL_SLOTS
+from llava_deploy.engines.onnxruntime_cuda import HEAD_DIM, LAST_SLOTS, TOTAL_SLOTS
 
 _DOMAIN = "com.microsoft"
-_HEAD_DIM = 16  # and its multiples: what the operator rotates in full
 _BEFORE_NEW = 7  # inputs of the operator that stand between the tables and the numbers of new tokens
 _HEADS_FIRST = (0, 2, 1, 3)  # [batch, seq, heads, head_dim] to [batch, heads, seq, head_dim], and back
 
@@ -181,7 +180,7 @@ def _layer(attention: ir.Node) -> _Layer | None:
     if (
         q_tables != k_tables
         or (mask.name, q_positions.name, k_positions.name) != ("attention_mask", "position_ids", "position_ids")
-        or head_dim % _HEAD_DIM
+        or head_dim % HEAD_DIM
         or not all(table.shape is not None and table.shape[-1] == head_dim // 2 for table in q_tables)
         or _leaks(trail.nodes, results)
     ):

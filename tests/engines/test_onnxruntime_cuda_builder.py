@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -14,7 +15,7 @@ from click.testing import Result
 
 from llava_deploy.engines.engine_manifest import ENGINES, read_engine_manifest
 from llava_deploy.engines.errors import BackendError, BundleError, OptionError
-from llava_deploy.engines.manifest import read_manifest
+from llava_deploy.engines.manifest import MANIFEST_NAME, describe_file, read_manifest
 from llava_deploy.engines.onnxruntime_cuda import CUDA_SINCE, LAST_SLOTS, TOTAL_SLOTS, cuda_key
 from llava_deploy.engines.onnxruntime_cuda_builder import build_onnxruntime_cuda
 from llava_deploy.exporter.checkpoint import open_checkpoint
@@ -98,6 +99,35 @@ def test_a_bundle_of_float32_is_refused(demo_bundle: Path) -> None:
     with pytest.raises(OptionError, match=r"wants a bundle of float16, found float32; export it with --precision fp16"):
         build_onnxruntime_cuda(demo_bundle)
     assert not (demo_bundle / cuda_key(read_manifest(demo_bundle)).directory).exists()
+
+
+def test_heads_that_attention_has_no_kernel_for_are_refused(demo_checkpoint: Path, tmp_path: Path) -> None:
+    """They would stay canonical, with the inputs of the canonical graph."""
+    checkpoint = open_checkpoint(demo_checkpoint)
+    old = checkpoint.config.decoder
+    odd = replace(
+        old,
+        head_dim=old.head_dim // 4,
+        num_attention_heads=4 * old.num_attention_heads,
+        num_key_value_heads=4 * old.num_key_value_heads,
+    )
+    export(replace(checkpoint, config=replace(checkpoint.config, decoder=odd)), tmp_path / "odd", "fp16")
+    with pytest.raises(OptionError, match=r"wants heads of a multiple of 16, found 8; run the bundle with another"):
+        build_onnxruntime_cuda(tmp_path / "odd")
+    assert not (tmp_path / "odd" / ENGINES).exists()
+
+
+def test_weights_that_lead_out_of_the_bundle_are_refused(fp16: Path, tmp_path: Path) -> None:
+    shutil.copy(fp16 / "vision.onnx.data", tmp_path)
+    model = onnx.load(fp16 / "vision.onnx", load_external_data=False)
+    for entry in [entry for weight in model.graph.initializer for entry in weight.external_data]:
+        entry.value = f"../{entry.value}" if entry.key == "location" else entry.value
+    (fp16 / "vision.onnx").write_bytes(model.SerializeToString())
+    manifest = read_manifest(fp16)
+    files = tuple(describe_file(fp16, entry.path) for entry in manifest.files)
+    (fp16 / MANIFEST_NAME).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
+    with pytest.raises(BundleError, match=r"weight .*: its file 'vision\.onnx\.data' is not beside the graph"):
+        build_onnxruntime_cuda(fp16)
 
 
 def test_an_engine_that_is_whole_is_kept_and_a_damaged_one_built_again(fp16: Path) -> None:

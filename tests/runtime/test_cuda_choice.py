@@ -100,6 +100,16 @@ def test_what_is_installed_does_not_do(
     assert f"; not ONNX Runtime on CUDA: {message}" in fallen_back.reason
 
 
+def test_a_damaged_engine_is_of_no_concern_where_none_could_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with TensorRT's: a machine without a GPU answers on the CPU."""
+    (bundle / ENGINES / NAME / ENGINE_MANIFEST).write_text("{}")
+    installed(monkeypatch, "1.31.1", "CPUExecutionProvider")
+    assert isinstance(chosen(bundle, Wanted()), OnnxRuntimeChoice)
+    installed(monkeypatch, "1.31.1", CUDA_PROVIDER)
+    with pytest.raises(BundleError, match=r"engine\.json: cannot be read .*; build it again with: llava-deploy build"):
+        chosen(bundle, Wanted())
+
+
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("option", ["threads", "accuracy_level"])
 def test_options_of_the_cpu_are_refused(bundle: Path, option: str) -> None:

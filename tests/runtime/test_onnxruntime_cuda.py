@@ -5,6 +5,7 @@ The graphs, the buffers and the bindings are those of a GPU; kernels, memory of 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 
 from llava_deploy.engines.contract import DecoderShape
 from llava_deploy.engines.errors import BackendError
-from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, Manifest, read_manifest
+from llava_deploy.engines.manifest import DECODER_GRAPH, EMBEDDING_TABLE, VISION_GRAPH, Manifest, read_manifest
 from llava_deploy.engines.onnxruntime_cuda_builder import build_onnxruntime_cuda
 from llava_deploy.exporter.checkpoint import open_checkpoint
+from llava_deploy.exporter.config import LM_HEAD
 from llava_deploy.exporter.export import export
 from llava_deploy.exporter.quantization.plan import QuantizeOptions, round_to_nearest
 from llava_deploy.runtime.cuda_provider import CUDA, Provider
@@ -30,14 +32,19 @@ OPTIONS = OnnxRuntimeOptions(1, 0)
 TOLERANCE = 0.15  # of float16 and int4 that are rounded elsewhere, 0.06 at worst; another slot or row is off by 1
 
 
-@pytest.fixture(scope="module", params=["fp16", "int4"])
+@pytest.fixture(scope="module", params=["fp16", "fp16, tied", "int4"])
 def bundle(request: pytest.FixtureRequest, demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("cuda") / "bundle"
     checkpoint = open_checkpoint(demo_checkpoint)
     if request.param == "int4":
         checkpoint = round_to_nearest(checkpoint, QuantizeOptions(64, False, "fp16"))
-    export(checkpoint, place, request.param)
-    build_onnxruntime_cuda(place)
+    if request.param == "fp16, tied":
+        config = replace(checkpoint.config, decoder=replace(checkpoint.config.decoder, tie_word_embeddings=True))
+        tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name != LM_HEAD}
+        checkpoint = replace(checkpoint, config=config, tensors=tensors)
+    export(checkpoint, place, "int4" if request.param == "int4" else "fp16")
+    engine = build_onnxruntime_cuda(place)
+    assert (engine / EMBEDDING_TABLE).exists() == (request.param == "fp16, tied")
     return place
 
 
@@ -130,12 +137,65 @@ def test_clear_forgets_what_the_cache_held(decoder: OnnxRuntimeCudaDecoder, cano
     assert error(decoder.step(fed, np.zeros(1, np.int64), np.array([2])), wanted) < TOLERANCE
 
 
-def test_embeddings_of_another_shape_are_refused(decoder: OnnxRuntimeCudaDecoder) -> None:
+def test_embeddings_of_another_shape_or_dtype_are_refused(decoder: OnnxRuntimeCudaDecoder) -> None:
+    """ONNX Runtime takes the bytes of float32 for float16 where a value is written over."""
     decoder.begin(2)
     hidden = decoder._shape.hidden_size
-    for shape in ((1, 1, hidden), (2, 1, hidden - 1), (3, 5, hidden)):
-        with pytest.raises(BackendError, match=rf"want \[2, tokens, {hidden}\], found"):
-            decoder.step(np.zeros(shape, np.float16), np.zeros(2, np.int64), np.zeros(2, np.int64))
+    wrong = [np.zeros(shape, np.float16) for shape in ((1, 1, hidden), (2, 1, hidden - 1), (3, 5, hidden))]
+    for fed in (*wrong, np.zeros((2, 1, hidden), np.float32)):
+        with pytest.raises(BackendError, match=rf"want float16 \[2, tokens, {hidden}\], found {fed.dtype} "):
+            decoder.step(fed, np.zeros(2, np.int64), np.zeros(2, np.int64))
+
+
+def test_without_room_for_more_rows_fewer_still_run(
+    decoder: OnnxRuntimeCudaDecoder, canonical: OnnxRuntimeDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, rng = canonical._shape, np.random.default_rng(8)
+
+    def full(*_: object) -> object:
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 1")
+
+    decoder.clear()
+    decoder.begin(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Provider, "zeros", full)
+        with pytest.raises(BackendError, match=rf"KV cache of 3 x {MAX_LEN} tokens wants .*Failed to.*smaller max_len"):
+            decoder.begin(3)
+    for sessions in (decoder, canonical):
+        sessions.begin(1)
+    fed = embeds(shape, rng, 1, 3)
+    wanted = canonical.step(fed, np.zeros(1, np.int64), np.array([2])).copy()
+    assert error(decoder.step(fed, np.zeros(1, np.int64), np.array([2])), wanted) < TOLERANCE
+
+
+def test_inputs_that_do_not_fit_are_an_error_of_the_backend(
+    decoder: OnnxRuntimeCudaDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is there already: only what single tokens are read from is new."""
+    decoder.clear()
+    decoder.begin(3)
+
+    def full(*_: object) -> object:
+        raise RuntimeError("CUDA failure 2: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Provider, "value", full)
+        with pytest.raises(BackendError, match=r"inputs for 2 prompts at once: .*out of memory; load .* smaller max_"):
+            decoder.begin(2)
+    decoder.begin(2)
+    fed = np.zeros((2, 1, decoder._shape.hidden_size), np.float16)
+    assert np.isfinite(decoder.step(fed, np.zeros(2, np.int64), np.zeros(2, np.int64))).all()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_cache_of_one_slot(bundle: Path, manifest: Manifest, canonical: OnnxRuntimeDecoder, batch: int) -> None:
+    decoder = OnnxRuntimeCudaDecoder(build_onnxruntime_cuda(bundle) / DECODER_GRAPH, manifest.decoder, 1, ON_THE_CPU)
+    fed, first = embeds(manifest.decoder, np.random.default_rng(9), batch, 1), np.zeros(batch, np.int64)
+    for sessions in (decoder, canonical):
+        sessions.begin(batch)
+    for _ in range(2):  # a row that has finished writes its last slot again
+        wanted = canonical.step(fed, first, first).copy()
+        assert error(decoder.step(fed, first, first), wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("images", [1, 3])
