@@ -32,7 +32,7 @@ def plan_tables(plan: Mapping[str, Any]) -> Group:
             ("on the disk", _disk(plan)),
             ("not planned", _int8(plan)),
             ("source", board["source"]),
-            ("figures", "fitted to measured peaks; a GPU's to one run of onnxruntime-cuda, and with TensorRT to none"),
+            ("figures", "fitted to measured peaks; a GPU's to onnxruntime-cuda on an H100, with TensorRT to none"),
         ],
     )
     return Group(head, _memory_table(plan), _limits_table(plan))
