@@ -208,7 +208,7 @@ def _graphs(version: str, int8: tuple[Int8Part, ...]) -> list[_Graph]:
     form = lowering.attention_form(version)
     graphs = [
         _Graph(VISION_GRAPH, VISION_GRAPH, lowering.vision_passes(int8)),
-        _Graph(DECODER_GRAPH, DECODER_GRAPH, lowering.decoder_passes(form)),
+        _Graph(DECODER_GRAPH, DECODER_GRAPH, lowering.decoder_passes(form, int8)),
     ]
     if "prefill" in int8:
         graphs.append(_Graph(DECODER_GRAPH, INT8_DECODER_GRAPH, lowering.int8_decoder_passes(form)))

@@ -14,6 +14,7 @@ from llava_deploy.engines.lowering.last_tokens import PickLastTokensEarly
 from llava_deploy.engines.lowering.multi_head_attention import LowerMultiHeadAttention
 from llava_deploy.engines.lowering.skip_norms import FuseSkipNorms
 from llava_deploy.engines.lowering.unused_inputs import DropUnusedInputs
+from llava_deploy.engines.lowering.whole_scores import AttendWithoutTiles
 from llava_deploy.engines.names import Int8Part
 
 _TOLD_OF_NEW_TOKENS = (1, 32)
@@ -27,11 +28,15 @@ def vision_passes(int8: tuple[Int8Part, ...] = ()) -> list[ir.passes.InPlacePass
     return [WidenFloats(), *rounding, LowerMultiHeadAttention()]
 
 
-def decoder_passes(form: Form) -> list[ir.passes.InPlacePass]:
-    """For the decoder. Attention comes late: it takes in the product of queries, keys and values that was fused."""
+def decoder_passes(form: Form, int8: tuple[Int8Part, ...] = ()) -> list[ir.passes.InPlacePass]:
+    """For the decoder. Attention comes late: it takes in the product of queries, keys and values that was fused.
+
+    Where another decoder has the steps of many tokens, this one's scores are few.
+    """
     attention = LowerGroupQueryAttention(form)
     products = [WidenFloats(), PickLastTokensEarly(), BlockColumnScales(), FuseSkipNorms(), FuseLinears()]
-    return [*products, attention, DropUnusedInputs()]
+    untiled = [AttendWithoutTiles()] if "prefill" in int8 else []
+    return [*products, attention, *untiled, DropUnusedInputs()]
 
 
 def int8_decoder_passes(form: Form) -> list[ir.passes.InPlacePass]:
