@@ -71,6 +71,14 @@ def cache_bytes(shape: Shape, tokens: int) -> int:
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * CACHE_VALUE * tokens
 
 
+def write_bundle(name: str, bundle: Path) -> None:
+    """Ours of one of the shapes, with an engine."""
+    drawn = drawn_checkpoint(config_of(SHAPES[name]))
+    export(round_to_nearest(drawn, OPTIONS), bundle, "int4", replace=True)
+    program = Path(sys.executable).with_name("llava-deploy")
+    run([program, "build", bundle, "--backend", "onnxruntime", *BUILD[name]], LIMIT_S)
+
+
 class Turns:
     """Both models of a shape, and the rounds over them."""
 
@@ -83,10 +91,7 @@ class Turns:
 
     def make(self) -> None:
         """Write both models."""
-        drawn = drawn_checkpoint(config_of(self._shape))
-        export(round_to_nearest(drawn, OPTIONS), self._bundle, "int4", replace=True)
-        program = Path(sys.executable).with_name("llava-deploy")
-        run([program, "build", self._bundle, "--backend", "onnxruntime", *BUILD[self._name]], LIMIT_S)
+        write_bundle(self._name, self._bundle)
         shape = json.dumps(dataclasses.asdict(self._shape))
         self._peer_bytes = result([self._hf, PEERS / "drawn_gguf.py", self._gguf, shape], LIMIT_S)["weight_bytes"]
 

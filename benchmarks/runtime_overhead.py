@@ -3,7 +3,8 @@
     python benchmarks/runtime_overhead.py BUNDLE --demo DEMO_BUNDLE -o benchmarks/results/runtime_overhead.json
 
 BUNDLE has a decoder of some size, whose steps leave nothing of Python in the processor's caches; DEMO_BUNDLE is the
-shipped model's (`llava-deploy demo -o demo` leaves one in `demo/bundle`). A token's overhead is the time from one step
+shipped model's (`llava-deploy demo -o demo` leaves one in `demo/bundle`). With --drawn a token is measured behind a
+decoder of TinyLlama-1.1B's shape, too, whose weights are drawn. A token's overhead is the time from one step
 to the next without the backend's run, in microseconds: choosing, detokenising, the stream's way to the caller and back,
 embedding, the feed. Cases take turns, some tokens each.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from decode_bandwidth import write_bundle
 from measuring import circumstances, save
 from peers.our_weights import without_end
 from PIL import Image
@@ -87,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="with an engine for ONNX Runtime")
     parser.add_argument("--demo", type=Path, required=True, help="the shipped model's, with an engine, too")
+    parser.add_argument("--drawn", type=Path, help="a directory for a bundle of 1.1B's shape, 2.2 GB; removed again")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the result, JSON")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--tokens", type=int, default=64, help="of a case's turn (64)")
@@ -103,6 +107,7 @@ def main() -> None:
             "threads": arguments.threads,
             "cold_start_seconds": {name: cold_start(path, pictures[0]) for name, path in starts.items()},
             "overhead_us": overhead(llava, arguments.tokens, arguments.turns),
+            **({} if arguments.drawn is None else {"overhead_us_1.1b": overhead_1b(arguments)}),
             "splice": splice_share(llava, arguments.turns),
             "second_turn": second_turns(llava, pictures, arguments.turns),
             "preprocess_ms": preprocessing(llava.manifest.image, arguments.turns),
@@ -112,13 +117,14 @@ def main() -> None:
     print(table(result))
 
 
-def overhead(llava: Llava, tokens: int, turns: int) -> dict[str, dict[str, float]]:
+def overhead(llava: Llava, tokens: int, turns: int, cases: Sequence[str] = tuple(CASES)) -> dict[str, dict[str, float]]:
     """Microseconds between the runs of a decode, for each case, and the run itself beside them."""
     decoder = llava.decoder
-    found: dict[str, list[float]] = {name: [] for name in CASES}
-    runs: dict[str, list[float]] = {name: [] for name in CASES}
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    runs: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(turns + 1):
-        for name, (batch, sampling) in CASES.items():
+        for name in cases:
+            batch, sampling = CASES[name]
             llava.decoder = watched = WatchedDecoder(decoder)
             if batch == 1:
                 for _ in llava.stream(PROMPT, max_new_tokens=tokens, sampling=sampling):
@@ -133,6 +139,17 @@ def overhead(llava: Llava, tokens: int, turns: int) -> dict[str, dict[str, float
                 found[name] += [a - b for a, b in zip(whole, runs[name][-len(whole) :], strict=True)]
     llava.decoder = decoder
     return {name: {**spread(values), "run_median": middle(runs[name])} for name, values in found.items()}
+
+
+def overhead_1b(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Of greedy choice behind a decoder of 1.1B's shape. Most tokens it chooses have no text: that takes as long."""
+    bundle = arguments.drawn / "overhead-1.1b"
+    try:
+        write_bundle("1.1b", bundle)
+        llava = without_end(Llava.load(bundle, backend="onnxruntime", threads=arguments.threads))
+        return overhead(llava, arguments.tokens, arguments.turns, ("batch 1, greedy", "batch 8, greedy"))
+    finally:
+        shutil.rmtree(bundle, ignore_errors=True)
 
 
 def splice_share(llava: Llava, turns: int) -> dict[str, float]:
@@ -254,7 +271,9 @@ def spread(values: Sequence[float], digits: int = 1) -> dict[str, float]:
 def table(result: dict[str, Any]) -> str:
     """For people."""
     lines = [f"{'overhead, µs':28} {'median':>8} {'mean':>8} {'min':>8} {'p90':>8} {'run':>9}"]
-    for name, row in result["overhead_us"].items():
+    rows = [*result["overhead_us"].items()]
+    rows += [(f"1.1B, {name}", row) for name, row in result.get("overhead_us_1.1b", {}).items()]
+    for name, row in rows:
         numbers = " ".join(f"{row[key]:8.0f}" for key in ("median", "mean", "min", "p90"))
         lines.append(f"{name:28} {numbers} {row['run_median']:9.0f}")
     splice = result["splice"]
