@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from llava_deploy.engines.engine_manifest import source_digest, weights_size
-from llava_deploy.engines.errors import BackendError
 from llava_deploy.engines.manifest import Manifest
 from llava_deploy.engines.names import Backend
 from llava_deploy.runtime.backend_choice import Wanted
@@ -110,8 +109,10 @@ def run_benchmark(
 def _meter(loaded: Loaded, device: Device | None, threads: int | None, machine: Machine) -> Meter:
     if loaded.backend == "onnxruntime":
         return host_meter(physical_cores() if threads is None else threads, machine)
-    if device is None:
-        raise BackendError("the GPU that the model runs on cannot be opened a second time; run the benchmark again")
+    if device is None:  # ONNX Runtime does without what asks the GPU for its memory: why that cannot be had is raised
+        from llava_deploy.runtime.tensorrt.cuda import Device
+
+        device = Device()
     return device_meter(device)
 
 

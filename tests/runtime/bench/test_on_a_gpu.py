@@ -5,15 +5,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from llava_deploy.engines.engine_manifest import ENGINES
+from llava_deploy.engines.errors import BackendError
+from llava_deploy.engines.onnxruntime_cuda import CUDA_PROVIDER
+from llava_deploy.engines.onnxruntime_cuda_builder import build_onnxruntime_cuda
+from llava_deploy.runtime import cuda_choice, onnxruntime_cuda
 from llava_deploy.runtime.backend_choice import BackendName, Wanted
 from llava_deploy.runtime.bench.bandwidth import copy_bandwidth
 from llava_deploy.runtime.bench.options import BenchOptions
 from llava_deploy.runtime.bench.report import Report
+from llava_deploy.runtime.cuda_provider import Provider
 from llava_deploy.runtime.tensorrt.cuda import Device
 
 if TYPE_CHECKING:
@@ -60,6 +66,23 @@ def test_with_another_backend_the_gpu_is_left_alone(run_bench: Run, bundle: Path
     assert found.machine.gpu is None
     assert found.bandwidth.kind == "host read"
     assert {peak.device for peak in found.memory} == {None}
+
+
+def test_a_gpu_that_cannot_be_asked_for_its_memory_is_an_error_that_says_why(
+    run_bench: Run, demo_bundle_fp16: Path, tmp_path: Path, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime on CUDA needs no cuda-python; here its sessions are the CPU's."""
+    bundle = shutil.copytree(demo_bundle_fp16, tmp_path / "fp16", ignore=shutil.ignore_patterns(ENGINES))
+    build_onnxruntime_cuda(bundle)
+    found = SimpleNamespace(__version__="1.31.1", get_available_providers=lambda: [CUDA_PROVIDER])
+    monkeypatch.setattr(cuda_choice, "import_onnxruntime", lambda: found)
+    on_the_cpu = Provider("CPUExecutionProvider", "cpu", captures=False)
+    for name in ("OnnxRuntimeCudaVision", "OnnxRuntimeCudaDecoder"):
+        monkeypatch.setattr(getattr(onnxruntime_cuda, name).__init__, "__defaults__", (on_the_cpu,))
+    assert run_bench(bundle, Wanted("onnxruntime-cuda"), OPTIONS).machine.gpu == Device().name
+    fake_gpu.driver = 0
+    with pytest.raises(BackendError, match="no NVIDIA driver"):
+        run_bench(bundle, Wanted("onnxruntime-cuda"), OPTIONS)
 
 
 def test_without_a_driver_auto_measures_what_runs(run_bench: Run, bundle: Path, fake_gpu: FakeGpu) -> None:
