@@ -47,6 +47,8 @@ def pack(
         packed = write(bundle, output, options, replace=force, on_progress=step)
     if not engines and (left := engine_names(bundle)):
         say(f"without {', '.join(left)}: an engine is for one version and device; --engine takes it along")
+    if packed.doubled and not no_graphs:
+        say(f"{terminal.size(packed.doubled)} are in it twice, of graphs and engine; --no-graphs packs them once")
     say(f"{_sizes(packed)}, in {watch}")
     name = as_argument(Path(bundle.resolve().name))
     say(f"next: take it there, then: {PROGRAM} unpack {as_argument(Path(output.name))} -o {name}")

@@ -104,6 +104,19 @@ def test_build_makes_what_is_missing_and_keeps_what_is_there(invoke: Invoke, bun
     assert engine.stat().st_mtime_ns == before
 
 
+def test_build_of_an_engine_that_is_there_and_that_this_machine_cannot_run(
+    invoke: Invoke, error_line: ErrorLine, demo_bundle_fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine of onnxruntime-cuda is built anywhere, once."""
+    bundle = shutil.copytree(demo_bundle_fp16, tmp_path / "fp16", ignore=shutil.ignore_patterns(ENGINES))
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    for said in ("no engine for onnxruntime-cuda here yet: building it", ""):
+        result = invoke("selftest", bundle, "--build", "--backend", "onnxruntime-cuda")
+        assert result.exit_code != 0
+        assert said in result.stderr
+        assert said or "building" not in result.stderr
+
+
 def test_build_where_it_cannot(invoke: Invoke, error_line: ErrorLine, bundle: Path) -> None:
     """Of a damaged bundle nothing is built, and the test says so; for a GPU that is not there the builder says why."""
     result = invoke("selftest", bundle, "--build", "--backend", "tensorrt-rtx")

@@ -62,6 +62,13 @@ class Contents:
         return sum(member.entry.size for member in self.members)
 
     @property
+    def doubled(self) -> int:
+        """Bytes of engines' files that the bundle has as well: onnxruntime-cuda's have the weights of the graphs."""
+        built = [member.entry for member in self.members if member.entry.path.startswith(f"{ENGINES}/")]
+        others = {member.entry.sha256 for member in self.members if member.entry not in built}
+        return sum(entry.size for entry in built if entry.sha256 in others)
+
+    @property
     def weights(self) -> int:
         """Bytes of the graphs' weights, the token embeddings, and what engines are made of."""
         paths = [(member.entry.path, member.entry.size) for member in self.members]

@@ -42,11 +42,13 @@ class Packed:
         listing: what is in it.
         size: of the file, in bytes.
         weights: bytes of the weights in it, before they were packed.
+        doubled: bytes of engines' files that the bundle has as well, so that they are in it twice.
     """
 
     listing: Listing
     size: int
     weights: int
+    doubled: int
 
 
 class _Sink(Protocol):
@@ -102,7 +104,7 @@ def pack(
         raise write_error(output, error) from error
     except zstandard.ZstdError as error:
         raise LlavaDeployError(f"{output}: not written, zstd failed: {error}; try again with more memory") from error
-    return Packed(listing, size, contents.weights)
+    return Packed(listing, size, contents.weights, contents.doubled)
 
 
 class _Progress:

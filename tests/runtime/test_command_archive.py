@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 from tiny_archive import ENGINE, tree, write_bundle
+
+from llava_deploy.engines.engine_manifest import ENGINES
+from llava_deploy.engines.onnxruntime_cuda_builder import build_onnxruntime_cuda
+from llava_deploy.runtime import terminal
 
 Invoke = Callable[..., Result]
 ErrorLine = Callable[[Result], str]
@@ -31,6 +36,21 @@ def test_pack_says_what_comes_next(bundle: Path, tmp_path: Path, invoke: Invoke)
     assert left == f"without {ENGINE}: an engine is for one version and device; --engine takes it along"
     assert " x the weights, in " in sizes
     assert after == "next: take it there, then: llava-deploy unpack model.lvd -o bundle"
+
+
+def test_pack_says_that_an_engine_has_the_weights_of_the_graphs(
+    demo_bundle_fp16: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    bundle = shutil.copytree(demo_bundle_fp16, tmp_path / "fp16", ignore=shutil.ignore_patterns(ENGINES))
+    engine = build_onnxruntime_cuda(bundle).name
+    size = terminal.size(sum(path.stat().st_size for path in bundle.glob("*.data")))
+    for options, lines in (((), 1), (("--no-graphs",), 0)):
+        result = invoke(
+            "pack", bundle, "-o", tmp_path / f"{lines}.lvd", "--without-goldens", "--engine", engine, *options
+        )
+        assert result.exit_code == 0, result.stderr
+        said = [line for line in result.stderr.splitlines() if "twice" in line]
+        assert said == [f"{size} are in it twice, of graphs and engine; --no-graphs packs them once"] * lines
 
 
 def test_unpack_says_what_comes_next(archive: Path, bundle: Path, tmp_path: Path, invoke: Invoke) -> None:
