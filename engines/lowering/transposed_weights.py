@@ -12,6 +12,7 @@ import onnx_ir as ir
 from llava_deploy.engines.lowering.nodes import constant_shape
 
 _DOMAIN = "com.microsoft"
+_TURNED = (1, 0)
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
@@ -40,6 +41,8 @@ def _covered_transpose(product: ir.Node) -> ir.Node | None:
         return None
     turned = None if product.inputs[1] is None else product.inputs[1].producer()
     if turned is None or (turned.domain, turned.op_type) != ("", "Transpose"):
+        return None
+    if tuple(turned.attributes.get_ints("perm", _TURNED)) != _TURNED:
         return None
     weight = turned.inputs[0]
     shape = constant_shape(weight)

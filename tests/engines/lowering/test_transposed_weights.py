@@ -63,6 +63,12 @@ def test_a_weight_that_is_given_at_run_time_stays_transposed() -> None:
     assert [node.op_type for node in model.graph] == ["Transpose", "MatMul"]
 
 
+def test_a_transpose_that_turns_nothing_stays() -> None:
+    model = products(np.float32, (HIDDEN,))
+    model.graph[0].attributes["perm"] = ir.AttrInt64s("perm", [0, 1])
+    assert not FuseTransposedWeights()(model).modified
+
+
 def test_a_plain_product_stays(run_model: Callable[..., Any]) -> None:
     model = products(np.float32, (HIDDEN,))
     (turned, product) = model.graph
