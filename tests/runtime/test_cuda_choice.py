@@ -18,6 +18,9 @@ from llava_deploy.engines.integrity import Integrity
 from llava_deploy.engines.onnxruntime_cuda import CUDA_PROVIDER
 from llava_deploy.engines.onnxruntime_cuda_builder import build_onnxruntime_cuda
 from llava_deploy.runtime import Llava, backend_choice, cuda_choice, onnxruntime_cuda
+from llava_deploy.runtime.archive.contents import PackOptions
+from llava_deploy.runtime.archive.pack import pack
+from llava_deploy.runtime.archive.unpack import unpack
 from llava_deploy.runtime.backend_choice import OnnxRuntimeChoice, Wanted, choose
 from llava_deploy.runtime.bundle import open_bundle
 from llava_deploy.runtime.cuda_choice import CudaChoice
@@ -72,6 +75,17 @@ def test_it_answers_as_the_canonical_graphs_do(bundle: Path) -> None:
     answers = [[answer.token_ids for answer in one.generate(prompts, max_new_tokens=8)] for one in (llava, plain)]
     assert answers[0] == answers[1]
     assert llava.max_len == 128
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_archive_of_the_engine_alone_answers(bundle: Path, tmp_path: Path) -> None:
+    pack(bundle, tmp_path / "model.lvd", PackOptions(engines=(NAME,), graphs=False, goldens=False))
+    unpack(tmp_path / "model.lvd", tmp_path / "unpacked")
+    assert not (tmp_path / "unpacked" / "decoder.onnx").exists()
+    llava = Llava.load(tmp_path / "unpacked", max_len=64)
+    assert llava.backend.startswith("ONNX Runtime 1.31.1 on CUDA")
+    (answer,) = llava.generate(["USER: Hello ASSISTANT:"], max_new_tokens=2)
+    assert len(answer.token_ids) == 2
 
 
 @pytest.mark.usefixtures("gpu")

@@ -15,8 +15,11 @@ from finetuned import DECODER, PROJECTOR, finetuned, logits_of
 
 from llava_deploy.engines.build_command import build_command
 from llava_deploy.engines.engine_manifest import ENGINE_MANIFEST, ENGINES, EngineKey, read_engine_manifest
+from llava_deploy.engines.manifest import read_manifest
 from llava_deploy.engines.names import SwapPart
 from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
+from llava_deploy.engines.onnxruntime_cuda import cuda_key
+from llava_deploy.engines.onnxruntime_cuda_builder import build_onnxruntime_cuda
 from llava_deploy.exporter.checkpoint import open_checkpoint
 from llava_deploy.exporter.export import export
 from llava_deploy.exporter.quantization.plan import round_to_nearest
@@ -70,6 +73,24 @@ def test_that_of_onnxruntime_is_built_again(
     assert {path.name: path.read_bytes() for path in engine.iterdir()} == built
     np.testing.assert_array_equal(found, logits_of(Llava.load(bundle)))
     assert np.abs(found - unlike).max() > 0.1
+
+
+@pytest.mark.parametrize(("part", "graph"), [("projector", "vision.onnx"), ("decoder", "decoder.onnx")])
+def test_that_of_onnxruntime_on_cuda_is_built_again_and_the_old_files_stay(
+    bundle: Path, swapped: Callable[[Path, SwapPart], list[str]], tmp_path: Path, part: SwapPart, graph: str
+) -> None:
+    """It has the bundle's weights under a second name, through which nothing is written."""
+    engine = build_onnxruntime_cuda(bundle)
+    weights = [f"{name}.data" for name in ("vision.onnx", "decoder.onnx")]
+    before = {name: (bundle / name).read_bytes() for name in weights}
+    for name in weights:
+        (tmp_path / name).hardlink_to(engine / name)
+    assert swapped(bundle, part) == [f"engine {engine.name} was built again"]
+    assert read_engine_manifest(engine).key == cuda_key(read_manifest(bundle))
+    for name in weights:
+        assert (tmp_path / name).read_bytes() == before[name]
+        assert (engine / name).samefile(bundle / name)
+        assert ((bundle / name).read_bytes() == before[name]) == (name != f"{graph}.data")
 
 
 def test_with_the_options_that_it_was_built_with(
