@@ -59,8 +59,9 @@ class Llava:
         Args:
             path: the bundle's directory.
             backend: ``onnxruntime`` (on the CPU, through the engine that ``build`` made or the canonical graphs),
-                ``tensorrt`` or ``tensorrt-rtx`` (on the GPU, through the engine that ``build`` made), or ``auto``: the
-                best of them that the bundle has an engine for and that runs here, said in :attr:`backend`.
+                ``onnxruntime-cuda``, ``tensorrt`` or ``tensorrt-rtx`` (on the GPU, through the engine that ``build``
+                made), or ``auto``: the best of them that the bundle has an engine for and that runs here, said in
+                :attr:`backend`.
             max_len: slots of the KV cache, the longest context; all of a TensorRT engine's, or else
                 :data:`~llava_deploy.runtime.loading.DEFAULT_MAX_LEN` or the model's limit.
             threads: of one operator of ONNX Runtime; ``None``: one a physical core.
