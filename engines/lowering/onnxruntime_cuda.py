@@ -7,6 +7,7 @@ import onnx_ir as ir
 from llava_deploy.engines.lowering.fused_linears import FuseLinears
 from llava_deploy.engines.lowering.group_query_attention import Form, LowerGroupQueryAttention
 from llava_deploy.engines.lowering.last_tokens import PickLastTokensEarly
+from llava_deploy.engines.lowering.packed_products import PackProducts
 from llava_deploy.engines.lowering.skip_norms import FuseSkipNorms
 from llava_deploy.engines.lowering.transposed_weights import FuseTransposedWeights
 from llava_deploy.engines.lowering.unused_inputs import DropUnusedInputs
@@ -18,9 +19,9 @@ def vision_passes() -> list[ir.passes.InPlacePass]:
 
 
 def decoder_passes() -> list[ir.passes.InPlacePass]:
-    """For the decoder; floats stay float16, and quantised weights are fused by ONNX Runtime with their products.
+    """For the decoder; floats stay float16, and int4 weights lie as ONNX Runtime reads them.
 
     Weights of floats are as they were, so an engine can have them of the bundle.
     """
-    products = [PickLastTokensEarly(), FuseSkipNorms(), FuseLinears(), FuseTransposedWeights()]
+    products = [PickLastTokensEarly(), FuseSkipNorms(), FuseLinears(), PackProducts(), FuseTransposedWeights()]
     return [*products, LowerGroupQueryAttention(Form.STATED), DropUnusedInputs()]

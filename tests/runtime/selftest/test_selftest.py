@@ -146,5 +146,5 @@ def test_what_cannot_be_tested_is_an_error(
         tested(demo_bundle)
     with pytest.raises(BackendError, match="no engine of TensorRT"):
         tested(recorded_bundle, Wanted("tensorrt-rtx"))
-    with pytest.raises(OptionError, match="only ONNX Runtime has it"):
+    with pytest.raises(OptionError, match="only ONNX Runtime on the CPU has it"):
         tested(recorded_bundle, Wanted("tensorrt-rtx", threads=1))
