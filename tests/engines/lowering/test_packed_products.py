@@ -1,4 +1,4 @@
-"""MatMulNBits: the constants that ONNX Runtime makes of the same weights itself, the same products, what is left alone."""
+"""MatMulNBits: the constants that ONNX Runtime makes of the same weights, the same products, what is left alone."""
 
 from __future__ import annotations
 
@@ -22,14 +22,12 @@ def packed(codes: np.ndarray) -> bytes:
     return (flat[0::2] | flat[1::2] << 4).tobytes()
 
 
-def product(
-    block: int, *, signed: bool, axis: int = 0, outputs: int = OUT, used_twice: bool = False
-) -> onnx.ModelProto:
+def product(block: int, *, signed: bool, axis: int = 0, used_twice: bool = False) -> onnx.ModelProto:
     """``y = x @ dequantized``; drawn weights."""
     rng = np.random.default_rng(block)
     kind = TensorProto.INT4 if signed else TensorProto.UINT4
-    codes = rng.integers(0, 16, (IN, outputs))
-    blocks = (IN // block, outputs) if axis == 0 else (IN, outputs // block)
+    codes = rng.integers(0, 16, (IN, OUT))
+    blocks = (IN // block, OUT) if axis == 0 else (IN, OUT // block)
     scales = rng.uniform(0.01, 0.1, blocks).astype(np.float16)
     constants = [
         TensorProto(name="w", data_type=kind, dims=codes.shape, raw_data=packed(codes)),
@@ -42,10 +40,10 @@ def product(
         helper.make_node("DequantizeLinear", [each.name for each in constants], ["dense"], axis=axis, block_size=block),
         helper.make_node("MatMul", ["x", "dense"], ["y"]),
     ]
-    outs = [helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["batch", "seq", outputs])]
+    outs = [helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["batch", "seq", OUT])]
     if used_twice:
         nodes.append(helper.make_node("Identity", ["dense"], ["z"]))
-        outs.append(helper.make_tensor_value_info("z", TensorProto.FLOAT16, [IN, outputs]))
+        outs.append(helper.make_tensor_value_info("z", TensorProto.FLOAT16, [IN, OUT]))
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["batch", "seq", IN])
     graph = helper.make_graph(nodes, "product", [x], outs, constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
