@@ -98,6 +98,7 @@ class OnnxRuntimeCudaDecoder:
         self._rows = 0  # that the cache has
         self._graphs = 0
         self._batch = 0
+        self._forgets = False  # what the cache holds, before it is used again
 
     def begin(self, batch: int) -> None:
         """Have a cache for ``batch`` rows; see :class:`DecoderSession`."""
@@ -106,6 +107,9 @@ class OnnxRuntimeCudaDecoder:
         self._batch = 0
         if batch > self._rows:
             self._allocate(batch)
+        elif self._forgets:
+            self._clear_cache()
+        self._forgets = False
         if batch not in self._singles:
             self._graphs += 1
             try:
@@ -117,7 +121,8 @@ class OnnxRuntimeCudaDecoder:
 
     def clear(self) -> None:
         """Forget what the cache holds; see :class:`DecoderSession`."""
-        self._batch = self._rows = 0
+        self._batch = 0
+        self._forgets = True
 
     def step(
         self,
@@ -191,6 +196,16 @@ class OnnxRuntimeCudaDecoder:
                 f"{cause(error)}; load the bundle with a smaller max_len (--max-len) or give fewer prompts at once"
             ) from error
         self._rows = rows
+
+    def _clear_cache(self) -> None:
+        """Zeros into the cache that is there: its addresses stay, and the runs that were captured over them."""
+        shape = self._shape
+        zeros = np.zeros((self._rows, shape.kv_heads, self.max_len, shape.head_dim), shape.dtype)
+        try:
+            for buffer in self._cache.values():
+                buffer.update_inplace(zeros)
+        except Exception as error:
+            raise BackendError(f"the decoder's cache cannot be cleared: {_explained(error)}") from error
 
     def _single(self, batch: int, graph: int) -> Replayed:
         """Inputs and outputs of steps with one token a row."""

@@ -58,6 +58,12 @@ def decoder(bundle: Path, manifest: Manifest) -> OnnxRuntimeCudaDecoder:
     return OnnxRuntimeCudaDecoder(build_onnxruntime_cuda(bundle) / DECODER_GRAPH, manifest.decoder, MAX_LEN, ON_THE_CPU)
 
 
+@pytest.fixture
+def new_decoder(bundle: Path, manifest: Manifest) -> OnnxRuntimeCudaDecoder:
+    """Without a cache."""
+    return OnnxRuntimeCudaDecoder(build_onnxruntime_cuda(bundle) / DECODER_GRAPH, manifest.decoder, MAX_LEN, ON_THE_CPU)
+
+
 @pytest.fixture(scope="module")
 def canonical(bundle: Path, manifest: Manifest) -> OnnxRuntimeDecoder:
     return OnnxRuntimeDecoder(bundle / DECODER_GRAPH, manifest.decoder, MAX_LEN, OPTIONS)
@@ -113,13 +119,13 @@ def test_fewer_rows_keep_the_buffers_and_more_get_new_ones(
         assert error(decoder.step(token, slots + 5, last * 0), wanted) < TOLERANCE
 
 
-def test_the_number_of_a_replayed_run_never_comes_again_with_other_buffers(decoder: OnnxRuntimeCudaDecoder) -> None:
-    decoder.clear()
+def test_the_number_of_a_replayed_run_never_comes_again_with_other_buffers(new_decoder: OnnxRuntimeCudaDecoder) -> None:
     seen: dict[int, int] = {}
-    for batch in (1, 2, 1, 4, 2, 1):
-        decoder.begin(batch)
-        single = decoder._singles[batch]
-        address = decoder._cache[0, "key"].data_ptr()
+    for batch in (1, 2, 1, 4, 2, 1, 4, 1):
+        new_decoder.clear()  # which keeps the buffers
+        new_decoder.begin(batch)
+        single = new_decoder._singles[batch]
+        address = new_decoder._cache[0, "key"].data_ptr()
         assert seen.setdefault(single.graph, address) == address
     assert len(seen) == 6  # a cache of one row; one of two, for two and one; one of four, for four, two and one
 
@@ -148,32 +154,30 @@ def test_embeddings_of_another_shape_or_dtype_are_refused(decoder: OnnxRuntimeCu
 
 
 def test_without_room_for_more_rows_fewer_still_run(
-    decoder: OnnxRuntimeCudaDecoder, canonical: OnnxRuntimeDecoder, monkeypatch: pytest.MonkeyPatch
+    new_decoder: OnnxRuntimeCudaDecoder, canonical: OnnxRuntimeDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape, rng = canonical._shape, np.random.default_rng(8)
 
     def full(*_: object) -> object:
         raise RuntimeError("Failed to allocate memory for requested buffer of size 1")
 
-    decoder.clear()
-    decoder.begin(2)
+    new_decoder.begin(2)
     with monkeypatch.context() as patch:
         patch.setattr(Provider, "zeros", full)
         with pytest.raises(BackendError, match=rf"KV cache of 3 x {MAX_LEN} tokens wants .*Failed to.*smaller max_len"):
-            decoder.begin(3)
-    for sessions in (decoder, canonical):
+            new_decoder.begin(3)
+    for sessions in (new_decoder, canonical):
         sessions.begin(1)
     fed = embeds(shape, rng, 1, 3)
     wanted = canonical.step(fed, np.zeros(1, np.int64), np.array([2])).copy()
-    assert error(decoder.step(fed, np.zeros(1, np.int64), np.array([2])), wanted) < TOLERANCE
+    assert error(new_decoder.step(fed, np.zeros(1, np.int64), np.array([2])), wanted) < TOLERANCE
 
 
 def test_inputs_that_do_not_fit_are_an_error_of_the_backend(
-    decoder: OnnxRuntimeCudaDecoder, monkeypatch: pytest.MonkeyPatch
+    new_decoder: OnnxRuntimeCudaDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cache is there already: only what single tokens are read from is new."""
-    decoder.clear()
-    decoder.begin(3)
+    new_decoder.begin(3)
 
     def full(*_: object) -> object:
         raise RuntimeError("CUDA failure 2: out of memory")
@@ -181,10 +185,10 @@ def test_inputs_that_do_not_fit_are_an_error_of_the_backend(
     with monkeypatch.context() as patch:
         patch.setattr(Provider, "value", full)
         with pytest.raises(BackendError, match=r"inputs for 2 prompts at once: .*out of memory; load .* smaller max_"):
-            decoder.begin(2)
-    decoder.begin(2)
-    fed = np.zeros((2, 1, decoder._shape.hidden_size), np.float16)
-    assert np.isfinite(decoder.step(fed, np.zeros(2, np.int64), np.zeros(2, np.int64))).all()
+            new_decoder.begin(2)
+    new_decoder.begin(2)
+    fed = np.zeros((2, 1, new_decoder._shape.hidden_size), np.float16)
+    assert np.isfinite(new_decoder.step(fed, np.zeros(2, np.int64), np.zeros(2, np.int64))).all()
 
 
 @pytest.mark.parametrize("batch", [1, 2])
