@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 from llava_deploy.engines.names import Backend
+from llava_deploy.engines.onnxruntime_cuda import HEAD_DIM
 from llava_deploy.engines.planner.boards import Board
 from llava_deploy.engines.planner.model import PlannedModel
 from llava_deploy.engines.tensorrt_module import rtx_runs_on
@@ -40,9 +41,11 @@ def refusal(stage: BackendStage, backend: Backend, model: PlannedModel, board: B
 
 
 def _of_bundle(model: PlannedModel) -> str:
-    if model.decoder.dtype == model.vision.dtype == "float16":
-        return ""
-    return f"wants float16, which --precision fp16, int4 and int4-awq have; this is {model.precision}"
+    if not (model.decoder.dtype == model.vision.dtype == "float16"):
+        return f"wants float16, which --precision fp16, int4 and int4-awq have; this is {model.precision}"
+    if model.decoder.head_dim % HEAD_DIM:
+        return f"wants heads of a multiple of {HEAD_DIM}; these have {model.decoder.head_dim}"
+    return ""
 
 
 def _of_cuda(board: Board) -> str:

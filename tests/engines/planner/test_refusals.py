@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -21,6 +22,14 @@ def test_cuda_takes_what_has_float16(seven_b: SevenB, precision: str) -> None:
     for name in ("rtx-3090", "rtx-4090", "rtx-5090", "a100-80gb", "h100", "t4", "dgx-spark"):
         assert refusal("build", "onnxruntime-cuda", model, find_board(name)) == ""
         assert refusal("run", "onnxruntime-cuda", model, find_board(name)) == ""
+
+
+def test_cuda_rotates_heads_of_a_multiple_of_16(seven_b: SevenB) -> None:
+    model = seven_b("fp16")
+    model = replace(model, decoder=replace(model.decoder, head_dim=100))
+    for stage in ("build", "run"):
+        found = refusal(stage, "onnxruntime-cuda", model, find_board("rtx-4090"))
+        assert found == "wants heads of a multiple of 16; these have 100"
 
 
 def test_cuda_has_no_kernels_for_float32(seven_b: SevenB) -> None:
