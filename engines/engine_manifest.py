@@ -35,7 +35,7 @@ INT8_DECODER_GRAPH = "decoder.int8.onnx"
 """Of an ONNX Runtime engine: the decoder for steps of many tokens, where those are computed in 8-bit integers."""
 
 ENGINE_FORMAT_VERSION = 3
-LOWERING_VERSION = 7
+LOWERING_VERSION = 8
 """Goes up when a builder makes other graphs of the same bundle, so that older engines are built again."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from llava_deploy.runtime.onnxruntime_backend import OnnxRuntimeDecoder, OnnxRun
 
 SLOTS = 320
 ROPE = RopeConfig("default", 10_000.0, None, None, None, None)
-BASE = DecoderConfig("llama", 64, 96, 2, 4, 2, 16, 50, 512, "silu", 1e-5, ROPE, False, False, False)
+BASE = DecoderConfig("llama", 64, 96, 2, 8, 1, 16, 50, 512, "silu", 1e-5, ROPE, False, False, False)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,14 @@ def test_only_a_decoder_of_short_steps_has_it_and_once(decoder: Any) -> None:
     assert set(sinks(lowered(decoder.decoder, Form.ALONE))) == {None}
     assert set(sinks(lowered(decoder.decoder, Form.ALONE, "vision"))) == {None}
     model = lowered(decoder.decoder, Form.ALONE, "vision", "prefill")
-    assert set(sinks(model)) == {"lowering.no_sink_4"}
+    assert set(sinks(model)) == {"lowering.no_sink_8"}
     assert not AttendWithoutTiles()(model).modified
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (9, 3), (4, 4)])
+def test_where_few_heads_share_keys_tiles_stay(draw_graphs: Callable[..., Any], heads: int, kv_heads: int) -> None:
+    drawn = draw_graphs(replace(BASE, num_attention_heads=heads, num_key_value_heads=kv_heads), "fp32", 5)
+    assert set(sinks(lowered(drawn.decoder, Form.ALONE, "prefill"))) == {None}
 
 
 def test_older_releases_attention_is_left_as_it_is(decoder: Any) -> None:
