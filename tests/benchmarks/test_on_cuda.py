@@ -8,27 +8,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import onnxruntime
 import pytest
 
 from llava_deploy.engines.engine_manifest import ENGINES
 from llava_deploy.engines.errors import BackendError
-from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY
+from llava_deploy.engines.lowering import packed_products
 from llava_deploy.runtime import cuda_choice
 from llava_deploy.runtime.cuda_provider import Provider
 from llava_deploy.runtime.onnxruntime_cuda import OnnxRuntimeCudaDecoder, OnnxRuntimeCudaVision
 
 GpuCheck = Callable[[str], ModuleType]
 MAX_LEN = 256
-
-
-class OnTheCpu(Provider):
-    """Sessions that multiply quantised weights in floats, as CUDA's do."""
-
-    def open(self, model: Path) -> onnxruntime.InferenceSession:
-        settings = onnxruntime.SessionOptions()
-        settings.add_session_config_entry(ACCURACY_LEVEL_ENTRY, "1")
-        return onnxruntime.InferenceSession(str(model), settings, providers=[self.name])
 
 
 @pytest.fixture(params=["fp16", "int4"])
@@ -40,7 +30,8 @@ def bundle(
     tmp_path: Path,
 ) -> str:
     """A bundle with its engine, on a machine whose ONNX Runtime seems to have a GPU."""
-    on_the_cpu = OnTheCpu("CPUExecutionProvider", "cpu", captures=False)
+    on_the_cpu = Provider("CPUExecutionProvider", "cpu", captures=False)
+    monkeypatch.setattr(packed_products, "DEFAULT_ACCURACY_LEVEL", 1)  # in floats, as CUDA's kernels do at any level
     monkeypatch.setattr(cuda_choice, "CUDA_PROVIDER", on_the_cpu.name)
     for session in (OnnxRuntimeCudaVision, OnnxRuntimeCudaDecoder):
         monkeypatch.setattr(session.__init__, "__defaults__", (on_the_cpu,))
