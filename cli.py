@@ -254,21 +254,22 @@ def build(
     from llava_deploy.runtime import terminal
 
     watch = terminal.Stopwatch()
+    no_effect = f"of no effect with --backend {backend}"
+    if backend == "onnxruntime" or backend == "onnxruntime-cuda":
+        refuse_tensorrt_options(no_effect)
+    if backend != "onnxruntime":
+        refuse_given(no_effect, "accuracy_level", "int8")
     if backend == "onnxruntime":
-        refuse_tensorrt_options(f"of no effect with --backend {backend}")
         from llava_deploy.engines.onnxruntime_builder import build_onnxruntime
 
         with terminal.progress("building", quiet=quiet()):
             engine = build_onnxruntime(bundle, accuracy_level=accuracy_level, int8=int8, replace=force)
     elif backend == "onnxruntime-cuda":
-        refuse_tensorrt_options(f"of no effect with --backend {backend}")
-        refuse_given(f"of no effect with --backend {backend}", "accuracy_level", "int8")
         from llava_deploy.engines.onnxruntime_cuda_builder import build_onnxruntime_cuda
 
         with terminal.progress("building", quiet=quiet()):
             engine = build_onnxruntime_cuda(bundle, replace=force)
     else:
-        refuse_given(f"of no effect with --backend {backend}", "accuracy_level", "int8")
         from llava_deploy.engines.tensorrt.builder import build_tensorrt
         from llava_deploy.engines.tensorrt.options import TensorRtBuildOptions
 

@@ -30,7 +30,7 @@ from llava_deploy.engines.errors import BackendError, OptionError, lacks_onnx_ir
 from llava_deploy.engines.integrity import Integrity, check_files
 from llava_deploy.engines.manifest import DECODER_GRAPH, VISION_GRAPH, read_manifest
 from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, AccuracyLevel, Int8Part, Precision
-from llava_deploy.engines.onnxruntime_module import import_onnxruntime
+from llava_deploy.engines.onnxruntime_module import cause, import_onnxruntime
 from llava_deploy.engines.processor import has_int8_products
 from llava_deploy.engines.rewriting import link_or_copy
 from llava_deploy.engines.staging import require_space, staged_directory, write_error
@@ -192,9 +192,8 @@ def _optimise(source: Path, graph: bytes, key: EngineKey, output: Path) -> list[
     try:
         onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
     except Exception as error:
-        cause = " ".join(str(error).split())
         raise BackendError(
-            f"{source}: ONNX Runtime {onnxruntime.__version__} cannot build it: {cause}; want 1.25 or later"
+            f"{source}: ONNX Runtime {onnxruntime.__version__} cannot build it: {cause(error)}; want 1.25 or later"
         ) from error
     return [name for name in (output.name, external) if (output.parent / name).exists()]
 

@@ -32,3 +32,8 @@ def import_onnxruntime() -> onnxruntime:
             f"ONNX Runtime cannot be imported ({error}); install it with: pip install 'llava-deploy[cpu]'"
         ) from error
     return onnxruntime
+
+
+def cause(error: Exception) -> str:
+    """What an error of ONNX Runtime says, in one line."""
+    return " ".join(str(error).split())

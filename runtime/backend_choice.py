@@ -110,7 +110,7 @@ def choose(bundle: Bundle, wanted: Wanted, integrity: Integrity) -> OnnxRuntimeC
         return _choose_gpu(bundle, wanted.backend, wanted, integrity)
     refusals = []
     for backend in GPU_BACKENDS:
-        if not _has_engine(bundle, backend):
+        if not has_engine(bundle, backend):
             continue
         try:
             return _choose_gpu(bundle, backend, wanted, integrity)
@@ -119,7 +119,8 @@ def choose(bundle: Bundle, wanted: Wanted, integrity: Integrity) -> OnnxRuntimeC
     return fall_back(bundle, wanted, integrity, refusals)
 
 
-def _has_engine(bundle: Bundle, backend: GpuBackend) -> bool:
+def has_engine(bundle: Bundle, backend: GpuBackend) -> bool:
+    """Whether a bundle holds an engine of a backend, for this machine or not."""
     if backend == "onnxruntime-cuda":
         return has_cuda_engine(bundle)
     return bool(engine_directories(bundle, backend))

@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 
 from llava_deploy.engines.errors import BackendError
 from llava_deploy.engines.onnxruntime_cuda import CUDA_PROVIDER
-from llava_deploy.engines.onnxruntime_module import import_onnxruntime
+from llava_deploy.engines.onnxruntime_module import cause, import_onnxruntime
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -139,8 +139,3 @@ def _load_libraries(ort: onnxruntime) -> None:
     """Load CUDA's and cuDNN's libraries of the wheels that hold them; else the system's are found, or are not."""
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it did not find
         ort.preload_dlls()
-
-
-def cause(error: Exception) -> str:
-    """An error's message in one line."""
-    return " ".join(str(error).split())

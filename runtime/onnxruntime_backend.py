@@ -13,7 +13,7 @@ import numpy as np
 from llava_deploy.engines.contract import DecoderShape, VisionShape, past_name, present_name
 from llava_deploy.engines.errors import BackendError, OptionError
 from llava_deploy.engines.names import ACCURACY_LEVEL_ENTRY, INT8_FROM_TOKENS, PREFILL_TOKENS, AccuracyLevel
-from llava_deploy.engines.onnxruntime_module import import_onnxruntime
+from llava_deploy.engines.onnxruntime_module import cause, import_onnxruntime
 from llava_deploy.runtime.backend import Placement
 from llava_deploy.runtime.onnxruntime_feed import TokenFeed, step_feed
 
@@ -68,7 +68,7 @@ class OnnxRuntimeVision:
         try:
             features: np.ndarray = self._session.run(["image_features"], feed)[0]
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in the vision tower: {_cause(error)}; {_VERIFY}") from error
+            raise BackendError(f"ONNX Runtime failed in the vision tower: {cause(error)}; {_VERIFY}") from error
         return features
 
     def clock(self) -> None:
@@ -146,7 +146,7 @@ class OnnxRuntimeDecoder:
                 "have; load the bundle with a smaller max_len (--max-len) or give fewer prompts at once"
             ) from error
         except RuntimeError as error:
-            raise BackendError(f"the decoder's cache cannot be bound: {_cause(error)}; {_VERIFY}") from error
+            raise BackendError(f"the decoder's cache cannot be bound: {cause(error)}; {_VERIFY}") from error
         self._batch = batch
 
     def clear(self) -> None:
@@ -177,7 +177,7 @@ class OnnxRuntimeDecoder:
         try:
             session.run_with_iobinding(binding)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in the decoder: {_cause(error)}; {_VERIFY}") from error
+            raise BackendError(f"ONNX Runtime failed in the decoder: {cause(error)}; {_VERIFY}") from error
         self.run_seconds += time.perf_counter() - began
         return self._logits
 
@@ -197,10 +197,6 @@ def _cache_dtype(session: onnxruntime.InferenceSession) -> np.dtype:
     return np.dtype(np.float16 if kinds.get(past_name(0, "key")) == "tensor(float16)" else np.float32)
 
 
-def _cause(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _open(model: Path, options: OnnxRuntimeOptions) -> onnxruntime.InferenceSession:
     ort = import_onnxruntime()
     settings = ort.SessionOptions()
@@ -215,5 +211,5 @@ def _open(model: Path, options: OnnxRuntimeOptions) -> onnxruntime.InferenceSess
         return ort.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise BackendError(
-            f"{model}: ONNX Runtime {ort.__version__} cannot load it: {_cause(error)}; want version 1.25 or later"
+            f"{model}: ONNX Runtime {ort.__version__} cannot load it: {cause(error)}; want version 1.25 or later"
         ) from error

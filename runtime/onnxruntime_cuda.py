@@ -18,8 +18,9 @@ from llava_deploy.engines.contract import DecoderShape, VisionShape, past_name, 
 from llava_deploy.engines.errors import BackendError
 from llava_deploy.engines.names import PREFILL_TOKENS
 from llava_deploy.engines.onnxruntime_cuda import LAST_SLOTS, TOTAL_SLOTS
+from llava_deploy.engines.onnxruntime_module import cause
 from llava_deploy.runtime.backend import Placement
-from llava_deploy.runtime.cuda_provider import CUDA, NO_REPLAY, Provider, Replayed, cause, on_the_host, run_options
+from llava_deploy.runtime.cuda_provider import CUDA, NO_REPLAY, Provider, Replayed, on_the_host, run_options
 from llava_deploy.runtime.new_tokens import with_features
 
 if TYPE_CHECKING:

@@ -85,9 +85,9 @@ class NodeList:
         """A node with one output, which is returned."""
         return self._add("", op_type, inputs, attributes)
 
-    def add_of(self, domain: str, op_type: str, *inputs: ir.Value) -> ir.Value:
-        """A node of another domain than ONNX's own, without attributes; as :meth:`add`."""
-        return self._add(domain, op_type, inputs, {})
+    def add_of(self, domain: str, op_type: str, *inputs: ir.Value, **attributes: int | Sequence[int]) -> ir.Value:
+        """A node of another domain than ONNX's own; as :meth:`add`."""
+        return self._add(domain, op_type, inputs, attributes)
 
     def _add(
         self, domain: str, op_type: str, inputs: Sequence[ir.Value], attributes: Mapping[str, int | Sequence[int]]

@@ -93,32 +93,16 @@ def _pack(graph: ir.Graph, product: _Product) -> None:
     ]
     if zero_points:
         (points,) = zero_points
-        packed = _lazy(lambda: _packed_points(points, blocks), ir.DataType.UINT8, (product.outputs * width,))
-        constants.append(op.initializer("zero_points", packed))
-    (old,) = product.matmul.outputs
-    new = ir.Value(name=old.name, type=old.type, shape=old.shape)
-    node = ir.node(
-        "MatMulNBits",
-        [product.matmul.inputs[0], *constants],
-        {
-            "K": product.inputs,
-            "N": product.outputs,
-            "bits": 4,
-            "block_size": product.block,
-            "accuracy_level": DEFAULT_ACCURACY_LEVEL,
-        },
-        outputs=[new],
-        domain=_DOMAIN,
-        name=f"{name}.product",
-    )
-    graph.insert_before(product.matmul, node)
-    for user, index in [(use.node, use.idx) for use in old.uses()]:
-        user.replace_input_with(index, new)
-    for index, output in enumerate(graph.outputs):
-        if output is old:
-            graph.outputs[index] = new
+        codes = _lazy(lambda: _packed_points(points, blocks), ir.DataType.UINT8, (product.outputs * width,))
+        constants.append(op.initializer("zero_points", codes))
+    x = [value for value in product.matmul.inputs[:1] if value is not None]
+    packed = op.add_of(
+        _DOMAIN, "MatMulNBits", *x, *constants, K=product.inputs, N=product.outputs, bits=4, block_size=product.block,
+        accuracy_level=DEFAULT_ACCURACY_LEVEL,
+    )  # fmt: skip
     gone = [value for value in product.dequantize.inputs if value is not None]
-    graph.remove([product.matmul, product.dequantize], safe=True)
+    op.take_place_of(product.matmul, packed)
+    graph.remove(product.dequantize, safe=True)
     for value in gone:
         del graph.initializers[str(value.name)]
 

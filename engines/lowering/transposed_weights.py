@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from llava_deploy.engines.lowering.nodes import constant_shape
+from llava_deploy.engines.lowering.nodes import NodeList, constant_shape
 
 _DOMAIN = "com.microsoft"
 _TURNED = (1, 0)
@@ -51,16 +51,8 @@ def _covered_transpose(product: ir.Node) -> ir.Node | None:
 
 
 def _fuse(graph: ir.Graph, product: ir.Node, turned: ir.Node) -> None:
-    (old,) = product.outputs
-    new = ir.Value(name=old.name, type=old.type, shape=old.shape)
-    inputs = [product.inputs[0], turned.inputs[0]]
-    node = ir.node("FusedMatMul", inputs, {"transB": 1}, outputs=[new], domain=_DOMAIN, name=f"{product.name}.fused")
-    graph.insert_after(product, node)
-    for user, index in [(use.node, use.idx) for use in old.uses()]:
-        user.replace_input_with(index, new)
-    for index, output in enumerate(graph.outputs):
-        if output is old:
-            graph.outputs[index] = new
-    graph.remove(product, safe=True)
+    op = NodeList(graph, f"{product.name}.fused")
+    inputs = [value for value in (product.inputs[0], turned.inputs[0]) if value is not None]
+    op.take_place_of(product, op.add_of(_DOMAIN, "FusedMatMul", *inputs, transB=1))
     if not turned.outputs[0].uses():
         graph.remove(turned, safe=True)

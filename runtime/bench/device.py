@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from llava_deploy.engines.errors import BackendError
-from llava_deploy.engines.tensorrt_module import TensorRtBackend
-from llava_deploy.runtime.backend_choice import BackendName
+from llava_deploy.runtime.backend_choice import GPU_BACKENDS, BackendName, has_engine
 from llava_deploy.runtime.bundle import open_bundle
-from llava_deploy.runtime.cuda_choice import has_cuda_engine
-from llava_deploy.runtime.tensorrt_choice import engine_directories
 
 if TYPE_CHECKING:
     from llava_deploy.runtime.tensorrt.cuda import Device
@@ -23,9 +20,8 @@ def open_device(directory: Path, backend: BackendName) -> Device | None:
         BundleError: no bundle.
     """
     bundle = open_bundle(directory)
-    kinds = [kind for kind in get_args(TensorRtBackend) if backend in ("auto", kind)]
-    on_cuda = backend in ("auto", "onnxruntime-cuda") and has_cuda_engine(bundle)
-    if not on_cuda and not any(engine_directories(bundle, kind) for kind in kinds):
+    kinds = [kind for kind in GPU_BACKENDS if backend in ("auto", kind)]
+    if not any(has_engine(bundle, kind) for kind in kinds):
         return None
     from llava_deploy.runtime.tensorrt.cuda import Device
 
